@@ -1,0 +1,35 @@
+"""Text -> vector -> code: the two towers and the compression heads."""
+
+from retriever.beir import Qrels, RetrievalData, read_corpus, read_data, read_negatives, read_qrels, read_queries
+from retriever.data import Collator, Document, TextPair, TokenBatch, Tokens
+from retriever.dual_encoder import DualEncoder, DualEncoderConfig, Embeddings, model_fingerprint
+from retriever.encoder import Encoder, EncoderSettings
+from retriever.errors import InputError
+from retriever.inference import Precision, embed_documents, embed_queries
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Collator",
+    "Document",
+    "DualEncoder",
+    "DualEncoderConfig",
+    "Embeddings",
+    "Encoder",
+    "EncoderSettings",
+    "InputError",
+    "Precision",
+    "Qrels",
+    "RetrievalData",
+    "TextPair",
+    "TokenBatch",
+    "Tokens",
+    "embed_documents",
+    "embed_queries",
+    "model_fingerprint",
+    "read_corpus",
+    "read_data",
+    "read_negatives",
+    "read_qrels",
+    "read_queries",
+]

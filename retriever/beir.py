@@ -1,0 +1,255 @@
+"""Reading data folders in the BEIR layout, and the same tables from Hub data sets.
+
+A folder holds `corpus.jsonl[.gz]` (`_id`, `title`, `text`), `queries.jsonl[.gz]` (`_id`, `text`),
+`qrels/SPLIT.tsv` (`query-id`, `corpus-id`, `score`), and optionally `negatives.jsonl[.gz]`
+(`query-id`, `negatives`: document ids). Every error names the file and the line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from retriever.data import Document
+from retriever.errors import InputError
+
+__all__ = ["Qrels", "RetrievalData", "read_corpus", "read_negatives", "read_qrels", "read_queries"]
+
+Qrels = dict[str, dict[str, int]]
+"""Query id -> document id -> relevance (above 0 is relevant)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalData:
+    """Documents and queries by id, judgements of one split, and given negatives by query id."""
+
+    documents: dict[str, Document]
+    queries: dict[str, str]
+    qrels: Qrels
+    negatives: dict[str, list[str]] = field(default_factory=dict)
+
+
+def read_corpus(source: str | Path) -> Iterator[Document]:
+    """Yield the documents of a BEIR folder, a `.jsonl[.gz]` file or a Hub data set, one at a time.
+
+    Raises:
+        InputError: At the first line that is not a document, has an id for the second time, or holds no text;
+            and at the end if there was no document.
+    """
+    seen: set[str] = set()
+    for where, row in _rows(source, "corpus"):
+        document = Document(_text(row, "_id", where), _text(row, "title", where, default=""), _text(row, "text", where))
+        if not (document.title or document.text.strip()):
+            raise InputError(f"{where}: the document {document.id!r} has neither title nor text. Remove the line.")
+        _refuse_duplicate(document.id, seen, where, "document")
+        yield document
+    if not seen:
+        raise InputError(f"{source} holds no documents. Give a corpus with at least one document.")
+
+
+def read_queries(source: str | Path) -> dict[str, str]:
+    """Return the queries of a BEIR folder, file or Hub data set by id.
+
+    Raises:
+        InputError: If a line is not a query, an id repeats, or there is none.
+    """
+    queries: dict[str, str] = {}
+    for where, row in _rows(source, "queries"):
+        identifier, text = _text(row, "_id", where), _text(row, "text", where)
+        if not text.strip():
+            raise InputError(f"{where}: the query {identifier!r} is empty. Remove the line.")
+        if identifier in queries:
+            raise InputError(f"{where}: the query id {identifier!r} occurs a second time. Make the ids unique.")
+        queries[identifier] = text
+    if not queries:
+        raise InputError(f"{source} holds no queries. Give at least one query.")
+    return queries
+
+
+def read_qrels(
+    source: str | Path, split: str, *, queries: Iterable[str] | None = None, documents: Iterable[str] | None = None
+) -> Qrels:
+    """Return the judgements of a split.
+
+    Args:
+        source: BEIR folder or Hub data set.
+        split: Name of the file under `qrels/`, or of the Hub split.
+        queries: Known query ids; an unknown one in the judgements is an error.
+        documents: Known document ids; an unknown one in the judgements is an error.
+
+    Raises:
+        InputError: If a line is malformed or names an unknown query or document, or the split is empty.
+    """
+    known_queries = None if queries is None else set(queries)
+    known_documents = None if documents is None else set(documents)
+    qrels: Qrels = {}
+    for where, query, document, score in _judgements(source, split):
+        if known_queries is not None and query not in known_queries:
+            raise InputError(f"{where}: the query {query!r} is not among the queries. Add it or remove the line.")
+        if known_documents is not None and document not in known_documents:
+            raise InputError(f"{where}: the document {document!r} is not in the corpus. Add it or remove the line.")
+        qrels.setdefault(query, {})[document] = score
+    if not any(score > 0 for judged in qrels.values() for score in judged.values()):
+        raise InputError(f"{source} has no relevant document in split {split!r}. Choose another split.")
+    return qrels
+
+
+def read_negatives(source: str | Path, documents: Iterable[str]) -> dict[str, list[str]]:
+    """Return the given negatives of a BEIR folder by query id; empty if it has no `negatives.jsonl`.
+
+    Raises:
+        InputError: If a line is malformed or names an unknown document.
+    """
+    folder = Path(source)
+    if not (folder.is_dir() and _find(folder, "negatives")):
+        return {}
+    known = set(documents)
+    negatives: dict[str, list[str]] = {}
+    for where, row in _rows(source, "negatives"):
+        ids = row.get("negatives")
+        if not isinstance(ids, list):
+            raise InputError(f"{where}: 'negatives' must be a list of document ids, got {ids!r}. Correct the line.")
+        for identifier in ids:
+            if identifier not in known:
+                raise InputError(f"{where}: the document {identifier!r} is not in the corpus. Remove it.")
+        negatives[_text(row, "query-id", where)] = ids
+    return negatives
+
+
+def read_data(source: str | Path, split: str) -> RetrievalData:
+    """Return everything that training or evaluation on one split needs, in memory."""
+    documents = {document.id: document for document in read_corpus(source)}
+    queries = read_queries(source)
+    qrels = read_qrels(source, split, queries=queries, documents=documents)
+    return RetrievalData(documents, queries, qrels, read_negatives(source, documents))
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
+        if path.is_file():
+            return path
+    return None
+
+
+def _rows(source: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) of a table of a folder, a file or a Hub data set."""
+    path = Path(source)
+    if path.is_file():
+        yield from _json_lines(path)
+    elif path.is_dir() and not _is_datasets_folder(path):
+        if (found := _find(path, name)) is None:
+            raise InputError(f"{path} has no {name}.jsonl or {name}.jsonl.gz. Give a folder in the BEIR layout.")
+        yield from _json_lines(found)
+    else:
+        yield from _hub_rows(str(source), name, None)
+
+
+def _open(path: Path) -> TextIO:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise InputError(
+                        f"{path}:{number}: not JSON ({error}). Correct or remove the line: one JSON object a line."
+                    ) from None
+                if not isinstance(row, dict):
+                    raise InputError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}. Correct the line.")
+                yield f"{path}:{number}", row
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path}:{number + 1}: unreadable ({error}). Write the file again as UTF-8.") from None
+
+
+def _text(row: dict[str, Any], key: str, where: str, default: str | None = None) -> str:
+    value = row.get(key, default)
+    if key in ("_id", "query-id") and isinstance(value, int):
+        value = str(value)
+    if value is None and default is not None:
+        value = default
+    if not isinstance(value, str) or (key in ("_id", "query-id") and (not value or any(c in value for c in "\t\r\n "))):
+        raise InputError(f"{where}: {key!r} must be a text{' without spaces' if 'id' in key else ''}, got {value!r}. Correct the line.")
+    return value
+
+
+def _refuse_duplicate(identifier: str, seen: set[str], where: str, kind: str) -> None:
+    if identifier in seen:
+        raise InputError(f"{where}: the {kind} id {identifier!r} occurs a second time. Make the ids unique.")
+    seen.add(identifier)
+
+
+def _judgements(source: str | Path, split: str) -> Iterator[tuple[str, str, str, int]]:
+    path = Path(source)
+    if path.is_dir() and not _is_datasets_folder(path):
+        yield from _tsv_judgements(path, split)
+        return
+    for where, row in _hub_rows(str(source), "qrels", split):
+        query, document = row.get("query-id"), row.get("corpus-id")
+        if query is None or document is None:
+            raise InputError(f"{where}: judgements need the columns query-id, corpus-id, score; got {sorted(row)}.")
+        yield where, str(query), str(document), int(row.get("score", 1))
+
+
+def _tsv_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str, int]]:
+    path = folder / "qrels" / f"{split}.tsv"
+    if not path.is_file():
+        present = sorted(p.stem for p in (folder / "qrels").glob("*.tsv"))
+        raise InputError(f"{folder} has no qrels/{split}.tsv. Choose a split: {', '.join(present) or 'there is none'}.")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            fields = line.rstrip("\r\n").split("\t")
+            if number == 1 and fields[:1] in (["query-id"], ["query_id"]):
+                continue
+            if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
+                raise InputError(
+                    f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>score, got {line.rstrip()!r}. Correct the line."
+                )
+            yield f"{path}:{number}", fields[0], fields[1], int(fields[2])
+
+
+def _is_datasets_folder(folder: Path) -> bool:
+    """Whether a local folder is a Hub-style data set (README.md with `configs:`) instead of the BEIR layout."""
+    card = folder / "README.md"
+    return _find(folder, "corpus") is None and card.is_file() and "configs:" in card.read_text(encoding="utf-8")
+
+
+def _hub_rows(name: str, table: str, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a table of a Hub data set, as BeIR and MTEB lay them out.
+
+    `corpus` and `queries` are configurations; judgements are the configuration `qrels` or `default`, or the
+    data set NAME-qrels.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"{name!r} is not a local folder, and Hub data sets need `datasets`: pip install datasets."
+        ) from None
+    candidates = [(name, table)]
+    if table == "qrels":
+        candidates += [(name, "default"), (f"{name}-qrels", "default")]
+    reasons = []
+    for repository, config in candidates:
+        try:
+            rows = datasets.load_dataset(repository, config, streaming=True)
+            part = rows[split or (table if table in rows else next(iter(rows)))]
+            for number, row in enumerate(part, start=1):
+                yield f"{repository}[{config}]:{number}", dict(row)
+            return
+        except (OSError, ValueError, KeyError, ConnectionError) as error:
+            reasons.append(f"{repository}[{config}]: {' '.join(str(error).split())[:120]}")
+    raise InputError(
+        f"{name!r} is neither a folder here nor a readable Hub data set with the table {table!r} "
+        f"({'; '.join(reasons)}). Check the path or name."
+    )

@@ -1,0 +1,249 @@
+"""DualEncoder: query tower, document tower and compression head as one model, and its folder on disk.
+
+Shapes: B queries, N documents, L tokens, D dimensions, M codes a document.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from retriever.data import Document, TokenBatch, Tokens
+from retriever.encoder import Encoder, Pooling
+from retriever.errors import InputError
+from retriever.folder import check_folder, publish_folder, read_json, write_json
+from retriever.heads import HEADS, CompressionHead, HeadConfig, HeadOutput, NoCompressionConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["DualEncoder", "DualEncoderConfig", "Embeddings", "load_head", "save_head"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DualEncoderConfig:
+    """The towers to start from.
+
+    Attributes:
+        encoder: Model of both towers: a Hub name, a folder, or `package:NAME/FOLDER` for a model inside an
+            installed Python package.
+        document_encoder: Another model for the document tower; implies tie = false.
+        revision: Branch, tag or commit of a Hub model.
+        tie: Both towers share one set of weights.
+        pooling: "cls", "mean" or "last"; by default what the model's folder says, else "mean".
+        normalize: Unit vectors, so that the inner product is the cosine; by default what the folder says, else true.
+        query_prompt: Text before every query; by default what the folder says, else none.
+        document_prompt: Text before every document; by default what the folder says, else none.
+        query_max_length: Tokens kept of a query.
+        document_max_length: Tokens kept of a document.
+        title_separator: Text between a document's title and its text.
+    """
+
+    encoder: str
+    document_encoder: str | None = None
+    revision: str | None = None
+    tie: bool = True
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    query_max_length: int = 64
+    document_max_length: int = 256
+    title_separator: str = " "
+
+    def build(self, head: HeadConfig) -> DualEncoder:
+        """Load the towers and put the head on them.
+
+        Raises:
+            InputError: If a model cannot be loaded, the towers' dimensions differ or the head does not fit.
+        """
+        settings = {
+            "pooling": self.pooling,
+            "normalize": self.normalize,
+            "query_prompt": self.query_prompt,
+            "document_prompt": self.document_prompt,
+        }
+        query = Encoder.load(
+            self.encoder, revision=self.revision, max_length=self.query_max_length, **settings
+        )
+        if self.tie and self.document_encoder is None:
+            document = query.with_settings(max_length=self.document_max_length)
+        else:
+            document = Encoder.load(
+                self.document_encoder or self.encoder,
+                revision=self.revision,
+                max_length=self.document_max_length,
+                **settings,
+            )
+        if query.dim != document.dim:
+            raise InputError(
+                f"the towers must have the same dimension, got {query.dim} for queries ({self.encoder}) and "
+                f"{document.dim} for documents ({self.document_encoder}). Choose models of one dimension."
+            )
+        return DualEncoder(query, document, head.build(query.dim), title_separator=self.title_separator)
+
+
+@dataclass(frozen=True, slots=True)
+class Embeddings:
+    """Vectors of a batch: queries (B, D), documents (N, D), and the head's output on the documents."""
+
+    queries: Float[Tensor, "B D"]
+    documents: Float[Tensor, "N D"]
+    compressed: HeadOutput
+
+
+class DualEncoder(nn.Module):
+    """Two towers and a compression head on the documents.
+
+    Args:
+        query_encoder: Tower of the queries.
+        document_encoder: Tower of the documents; may share its backbone with the query tower (tied).
+        head: Compression of the document vectors.
+        title_separator: Text between a document's title and its text.
+    """
+
+    def __init__(
+        self,
+        query_encoder: Encoder,
+        document_encoder: Encoder,
+        head: CompressionHead,
+        *,
+        title_separator: str = " ",
+    ) -> None:
+        super().__init__()
+        self.query_encoder = query_encoder
+        self.document_encoder = document_encoder
+        self.head = head
+        self.title_separator = title_separator
+        self._identity = NoCompressionConfig().build(head.dim)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the towers share their weights."""
+        return self.query_encoder.backbone is self.document_encoder.backbone
+
+    @property
+    def dim(self) -> int:
+        """Dimension D of the vectors."""
+        return self.head.dim
+
+    def format_document(self, document: Document) -> str:
+        """Return the text of a document as the tower sees it, without the prompt."""
+        return f"{document.title}{self.title_separator}{document.text}" if document.title else document.text
+
+    def tokenize_queries(self, texts: Sequence[str]) -> Tokens:
+        """Return tokens of queries, prompt included."""
+        return self.query_encoder.tokenize(texts, self.query_encoder.settings.query_prompt)
+
+    def tokenize_documents(self, documents: Sequence[Document]) -> Tokens:
+        """Return tokens of documents, prompt and title included."""
+        texts = [self.format_document(document) for document in documents]
+        return self.document_encoder.tokenize(texts, self.document_encoder.settings.document_prompt)
+
+    def encode_queries(self, tokens: Tokens) -> Float[Tensor, "B D"]:
+        """Return the vectors of queries."""
+        return self.query_encoder(tokens)  # type: ignore[no-any-return]
+
+    def encode_documents(self, tokens: Tokens) -> Float[Tensor, "N D"]:
+        """Return the vectors of documents, uncompressed."""
+        return self.document_encoder(tokens)  # type: ignore[no-any-return]
+
+    def compress(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
+        """Return the codes of document vectors."""
+        return self.head.encode(x)
+
+    def forward(self, batch: TokenBatch, compress: bool = True) -> Embeddings:
+        """Return the vectors of a batch; the head is the identity unless `compress`."""
+        documents = self.encode_documents(batch.documents)
+        head = self.head if compress else self._identity
+        return Embeddings(self.encode_queries(batch.queries), documents, head(documents))
+
+    def save(
+        self,
+        folder: Path,
+        *,
+        overwrite: bool = False,
+        files: Mapping[str, str] | None = None,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Publish the model folder atomically.
+
+        Args:
+            folder: Where to; must not exist unless `overwrite`.
+            overwrite: Replace an existing folder once the new one is complete.
+            files: Further text files by name (`experiment.yaml`, `README.md`).
+            about: Further entries of the manifest.
+        """
+        with publish_folder(folder, "model", overwrite=overwrite, about=dict(about or {})) as path:
+            if self.tied:
+                self.document_encoder.save(path / "encoder")
+            else:
+                self.query_encoder.save(path / "query_encoder")
+                self.document_encoder.save(path / "document_encoder")
+            sides = {"query": self.query_encoder, "document": self.document_encoder}
+            write_json(
+                path / "dual_encoder.json",
+                {
+                    "tied": self.tied,
+                    "title_separator": self.title_separator,
+                    **{f"{side}_settings": asdict(tower.settings) for side, tower in sides.items()},
+                },
+            )
+            save_head(self.head, path / "head")
+            for name, text in (files or {}).items():
+                (path / name).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> DualEncoder:
+        """Load a model folder after checking every file against its manifest.
+
+        Raises:
+            InputError: If the folder is not a whole, undamaged model folder.
+        """
+        check_folder(folder, "model")
+        config = read_json(folder / "dual_encoder.json")
+        settings = {side: config[f"{side}_settings"] for side in ("query", "document")}
+        if config["tied"]:
+            document = Encoder.load(folder / "encoder", **settings["document"])
+            query = document.with_settings(**settings["query"])
+        else:
+            document = Encoder.load(folder / "document_encoder", **settings["document"])
+            query = Encoder.load(folder / "query_encoder", **settings["query"])
+        model = cls(query, document, load_head(folder / "head"), title_separator=config["title_separator"])
+        return model.eval()
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Return a SHA-256 over the checksums of towers and head: equal for copies of one model, else different."""
+    files = check_folder(folder, "model")["files"]
+    relevant = sorted((name, entry["sha256"]) for name, entry in files.items() if name != "experiment.yaml")
+    return hashlib.sha256(repr(relevant).encode()).hexdigest()
+
+
+def save_head(head: CompressionHead, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors` of a head."""
+    folder.mkdir(parents=True)
+    config = {name: getattr(head.config, name) for name in head.config.__dataclass_fields__ if name != "name"}
+    write_json(folder / "config.json", {"head": head.config.name, "dim": head.dim, "config": config})
+    state = {name: value.contiguous() for name, value in head.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+
+
+def load_head(folder: Path) -> CompressionHead:
+    """Read a head's folder.
+
+    Raises:
+        InputError: If this version of Endex has no such head.
+    """
+    stored = read_json(folder / "config.json")
+    if stored["head"] not in HEADS:
+        raise InputError(f"{folder} holds a head {stored['head']!r}; this Endex knows {', '.join(HEADS)}. Upgrade it.")
+    head = HEADS[stored["head"]](**stored["config"]).build(stored["dim"])
+    head.load_state_dict(load_file(folder / "model.safetensors"))
+    return head

@@ -1,0 +1,260 @@
+"""Encoder: transformer, pooling, normalisation, prompt. The only importer of `transformers`.
+
+Shapes: B texts, L tokens, D dimensions.
+
+A saved encoder is a sentence-transformers folder in its legacy layout, which sentence-transformers, vLLM and
+text-embeddings-inference all read; pooling, prompts, normalisation and lengths are part of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from retriever.data import Tokens
+from retriever.errors import InputError
+from retriever.folder import read_json, write_json
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["Encoder", "EncoderSettings", "Pooling", "resolve_model"]
+
+Pooling = Literal["cls", "mean", "last"]
+ST_POOLING: dict[str, str] = {  # our name -> the flag in 1_Pooling/config.json
+    "cls": "pooling_mode_cls_token",
+    "mean": "pooling_mode_mean_tokens",
+    "last": "pooling_mode_lasttoken",
+}
+ST_COMPACT: dict[str, Pooling] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # sentence-transformers >= 5.4
+ST_MODULES = ["sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"]
+ST_NORMALIZE = "sentence_transformers.models.Normalize"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncoderSettings:
+    """How token embeddings become one vector; saved with the weights.
+
+    Attributes:
+        pooling: Which token embeddings are used: the first, the mean of all, or the last.
+        normalize: Divide the vector by its Euclidean norm.
+        max_length: Tokens kept of a text, prompt and special tokens included.
+        query_prompt: Text put before every query.
+        document_prompt: Text put before every document.
+    """
+
+    pooling: Pooling = "mean"
+    normalize: bool = True
+    max_length: int = 256
+    query_prompt: str = ""
+    document_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.pooling not in get_args(Pooling):
+            raise InputError(f"pooling must be one of {', '.join(get_args(Pooling))}, got {self.pooling!r}.")
+        if self.max_length < 2:
+            raise InputError(f"max_length must be at least 2 tokens, got {self.max_length}.")
+
+
+class Encoder(nn.Module):
+    """Turns texts into vectors with a transformer.
+
+    Args:
+        backbone: A transformers model that returns `last_hidden_state`.
+        tokenizer: Its tokenizer.
+        settings: Pooling, normalisation, prompts and length.
+    """
+
+    def __init__(self, backbone: nn.Module, tokenizer: Any, settings: EncoderSettings) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.settings = settings
+
+    @property
+    def dim(self) -> int:
+        """Dimension D of the vectors."""
+        return int(self.backbone.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    def with_settings(self, **changes: Any) -> Encoder:
+        """Return an encoder with other settings over the same weights."""
+        return Encoder(self.backbone, self.tokenizer, replace(self.settings, **changes))
+
+    def tokenize(self, texts: Sequence[str], prompt: str = "") -> Tokens:
+        """Return token ids and attention mask, (B, L), of `prompt + text`, cut at `settings.max_length`."""
+        batch = self.tokenizer(
+            [prompt + text for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self.settings.max_length,
+            return_tensors="pt",
+        )
+        return dict(batch)
+
+    def forward(self, tokens: Tokens) -> Float[Tensor, "B D"]:
+        """Return float32 embeddings of a batch of tokens."""
+        hidden = self.backbone(**tokens).last_hidden_state  # (B, L, D)
+        vectors = pool(hidden.float(), tokens["attention_mask"], self.settings.pooling)
+        return F.normalize(vectors, dim=-1) if self.settings.normalize else vectors
+
+    def save(self, folder: Path) -> None:
+        """Write a sentence-transformers folder (legacy layout, safetensors)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backbone.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.model_max_length = self.settings.max_length
+        self.tokenizer.save_pretrained(folder)
+        _write_sentence_transformers(folder, self.settings, self.dim)
+
+    @classmethod
+    def load(cls, model: str | Path, *, revision: str | None = None, **changes: Any) -> Encoder:
+        """Load from a Hub name, a folder, or `package:NAME/FOLDER` (a folder inside an installed package).
+
+        A sentence-transformers folder or repository brings its own settings; a plain transformers model gets
+        the defaults of `EncoderSettings`.
+
+        Args:
+            model: Name or path.
+            revision: Branch, tag or commit of a Hub model.
+            **changes: Settings that override the saved ones; None keeps them.
+
+        Raises:
+            InputError: If the model cannot be found or read.
+        """
+        source = resolve_model(str(model))
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+            backbone = transformers.AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"the model {str(model)!r} cannot be loaded: {reason}") from error
+        if tokenizer.pad_token is None:  # decoder models often have none
+            tokenizer.pad_token = tokenizer.eos_token
+        settings = _read_sentence_transformers(source, revision)
+        given = {name: value for name, value in changes.items() if value is not None}
+        return cls(backbone, tokenizer, replace(settings, **given))
+
+
+def pool(hidden: Float[Tensor, "B L D"], mask: Tensor, pooling: Pooling) -> Float[Tensor, "B D"]:
+    """Return one vector a text from its token embeddings.
+
+    `mean` and `last` skip padding on either side; `cls` takes position 0, so the tokenizer must pad right.
+    """
+    if pooling == "cls":
+        return hidden[:, 0]
+    if pooling == "mean":
+        weights = mask.unsqueeze(-1).to(hidden.dtype)  # (B, L, 1)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # position of the last token that is not padding
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def resolve_model(model: str) -> str:
+    """Return the path behind `package:NAME/FOLDER`; any other name as it is.
+
+    Raises:
+        InputError: If the package is not installed or has no such folder.
+    """
+    if not model.startswith("package:"):
+        return model
+    name, _, folder = model.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        hint = f"pip install {name.replace('_', '-')}"
+        raise InputError(f"the model {model!r} needs the Python package {name!r}, which is not installed: {hint}.")
+    path = Path(next(iter(spec.submodule_search_locations))) / folder
+    if not path.is_dir():
+        raise InputError(f"the model {model!r} is not there: {path} is not a folder.")
+    return str(path)
+
+
+def _write_sentence_transformers(folder: Path, settings: EncoderSettings, dim: int) -> None:
+    types = [*ST_MODULES, *([ST_NORMALIZE] if settings.normalize else [])]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [{"idx": i, "name": str(i), "path": paths[i], "type": kind} for i, kind in enumerate(types)]
+    (folder / "modules.json").write_text(_json_list(modules), encoding="utf-8")
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": settings.max_length, "do_lower_case": False})
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    if settings.normalize:
+        (folder / "2_Normalize").mkdir(exist_ok=True)  # sentence-transformers expects the folder, empty
+    flags = {flag: pooling == settings.pooling for pooling, flag in ST_POOLING.items()}
+    write_json(
+        folder / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": dim, **flags, "include_prompt": True},
+    )
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
+            "prompts": {"query": settings.query_prompt, "document": settings.document_prompt},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine" if settings.normalize else "dot",
+        },
+    )
+
+
+def _json_list(modules: list[dict[str, Any]]) -> str:
+    import json
+
+    return json.dumps(modules, indent=2) + "\n"
+
+
+def _hub_file(source: str, name: str, revision: str | None) -> Path | None:
+    """Return the path of a file of a model folder or Hub repository; None if it has no such file."""
+    found = transformers.utils.cached_file(
+        source,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
+
+
+def _read_sentence_transformers(source: str, revision: str | None) -> EncoderSettings:
+    """Return the settings that a sentence-transformers folder or repository states; defaults if it is none."""
+    import json
+
+    modules_path = _hub_file(source, "modules.json", revision)
+    if modules_path is None:
+        return EncoderSettings()
+    modules = json.loads(modules_path.read_text(encoding="utf-8"))
+    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
+    unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if unknown:
+        raise InputError(
+            f"the model {source!r} has a module {unknown[0]!r} after its transformer, which Endex does not carry. "
+            "Use a model of Transformer, Pooling and Normalize only."
+        )
+    settings: dict[str, Any] = {"normalize": "Normalize" in kinds}
+    pooling_folder = next((m["path"] for m, k in zip(modules, kinds, strict=True) if k == "Pooling"), None)
+    if pooling_folder is not None:
+        path = _hub_file(source, f"{pooling_folder}/config.json", revision)
+        settings["pooling"] = _read_pooling(read_json(path), str(source)) if path else "mean"
+    if path := _hub_file(source, "sentence_bert_config.json", revision):
+        if length := read_json(path).get("max_seq_length"):
+            settings["max_length"] = length
+    if path := _hub_file(source, "config_sentence_transformers.json", revision):
+        prompts = read_json(path).get("prompts") or {}
+        settings["query_prompt"] = prompts.get("query") or ""
+        settings["document_prompt"] = prompts.get("document") or prompts.get("passage") or ""
+    return EncoderSettings(**settings)
+
+
+def _read_pooling(config: dict[str, Any], source: str) -> Pooling:
+    if compact := config.get("pooling_mode"):
+        if compact in ST_COMPACT:
+            return ST_COMPACT[compact]
+        raise InputError(f"the model {source!r} pools by {compact!r}; Endex knows {', '.join(ST_COMPACT)}.")
+    active = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
+    for pooling in get_args(Pooling):
+        if active == [ST_POOLING[pooling]]:
+            return pooling  # type: ignore[no-any-return]
+    raise InputError(f"the model {source!r} pools by {active}; Endex knows {', '.join(ST_POOLING.values())}.")

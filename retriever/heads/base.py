@@ -1,0 +1,194 @@
+"""What every compression head is, and what it hands to an index.
+
+Shapes: N vectors, D dimensions, M codes a vector, K = 2**bits values a code, S = D // M sub-dimensions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, UInt8
+    from numpy.typing import NDArray
+
+__all__ = [
+    "CompressionHead",
+    "FaissExport",
+    "FlatVectors",
+    "HeadConfig",
+    "HeadOutput",
+    "ProductCodebooks",
+    "QuantizerFit",
+    "pack_codes",
+    "unpack_codes",
+]
+
+Metric = Literal["inner_product", "l2"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadConfig(ABC):
+    """Base of the heads' configurations; choose one by `class_path`."""
+
+    name: ClassVar[str] = ""
+
+    @abstractmethod
+    def build(self, dim: int) -> CompressionHead:
+        """Return the head for vectors of `dim` dimensions."""
+
+    @abstractmethod
+    def check(self, dim: int) -> None:
+        """Raise InputError if the head cannot compress vectors of `dim` dimensions."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadOutput:
+    """What a head returns in training.
+
+    Attributes:
+        reconstruction: decode(encode(x)) with the method's gradient estimator, (N, D).
+        codes: Selected codewords, (N, M).
+        losses: Weighted auxiliary losses by name (distortion, commitment ...).
+        log_assignment: log-probability of each vector's codes, summed over M, (N,); None where the
+            estimator has no selection probability.
+    """
+
+    reconstruction: Float[Tensor, "N D"]
+    codes: Int[Tensor, "N M"]
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    log_assignment: Float[Tensor, " N"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaissExport(ABC):
+    """Arrays from which an index is built; no FAISS object. `metric` is the score contract."""
+
+    metric: Metric = "inner_product"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatVectors(FaissExport):
+    """Uncompressed float32 vectors of `dim` dimensions."""
+
+    dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductCodebooks(FaissExport):
+    """Product quantizer behind an optional rotation.
+
+    Attributes:
+        codebooks: Codewords, (M, K, S) float32.
+        rotation: Orthonormal matrix A of y = A x (as `nn.Linear.weight` and `faiss.LinearTransform.A`),
+            (D, D) float32, or None.
+    """
+
+    codebooks: Float[Tensor, "M K S"]
+    rotation: Float[Tensor, "D D"] | None = None
+
+
+class QuantizerFit(Protocol):
+    """Fits starting values of a quantizer; implemented with FAISS in `index.clustering`."""
+
+    def product_codebooks(
+        self, sample: Float[Tensor, "n D"], *, num_codebooks: int, codebook_bits: int, rotate: bool, seed: int
+    ) -> tuple[Float[Tensor, "D D"] | None, Float[Tensor, "M K S"]]:
+        """Return the rotation (None unless `rotate`) and the codebooks of a product quantizer."""
+        ...
+
+
+class CompressionHead(nn.Module, ABC):
+    """Learned compression of document vectors.
+
+    Args:
+        dim: Dimension D of the vectors.
+        num_codes: Codes M of a vector.
+        code_bits: Bits of a code.
+    """
+
+    def __init__(self, *, dim: int, num_codes: int, code_bits: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.num_codes = num_codes
+        self.code_bits = code_bits
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a compressed vector."""
+        return (self.num_codes * self.code_bits + 7) // 8
+
+    @property
+    @abstractmethod
+    def config(self) -> HeadConfig:
+        """The configuration that built this head."""
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "N D"]) -> HeadOutput:
+        """Compress with gradients."""
+
+    @abstractmethod
+    def encode(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
+        """Return the codes of vectors."""
+
+    @abstractmethod
+    def decode(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N D"]:
+        """Return the vectors that codes stand for."""
+
+    @abstractmethod
+    def export(self) -> FaissExport:
+        """Return what an index needs, as plain tensors."""
+
+    @abstractmethod
+    def warm_start(self, sample: Float[Tensor, "n D"], fit: QuantizerFit, seed: int) -> None:
+        """Set starting values from a sample of live vectors."""
+
+    @abstractmethod
+    def count(self, codes: Int[Tensor, "N M"]) -> None:
+        """Add codes to the usage counts of the current window."""
+
+    @abstractmethod
+    def usage_statistics(self) -> dict[str, float]:
+        """Return perplexity and dead codes of the current window; empty where there is no codebook."""
+
+    @abstractmethod
+    def restart_dead_codes(
+        self, x: Float[Tensor, "N D"], generator: torch.Generator
+    ) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
+        """Replace codewords unused in the current window by vectors from `x`, and start a new window.
+
+        Returns:
+            For each changed parameter the mask of its restarted rows, so that an optimizer can forget them.
+        """
+
+
+def pack_codes(codes: Int[Tensor, "N M"], code_bits: int) -> NDArray[np.uint8]:
+    """Pack codes as FAISS does: little-endian, `code_bits` bits each, rows padded to whole bytes.
+
+    Returns:
+        Bytes, (N, ceil(M * code_bits / 8)).
+    """
+    values = codes.cpu().numpy()
+    if code_bits == 8:
+        return values.astype(np.uint8)
+    if code_bits == 32:
+        return values.astype("<i4").view(np.uint8).reshape(len(values), -1)
+    bits = (values[:, :, None].astype(np.int64) >> np.arange(code_bits)) & 1  # (N, M, bits), lowest bit first
+    return np.packbits(bits.astype(np.uint8).reshape(len(values), -1), axis=1, bitorder="little")
+
+
+def unpack_codes(packed: UInt8[NDArray[np.uint8], "N size"], num_codes: int, code_bits: int) -> Int[Tensor, "N M"]:
+    """Invert `pack_codes`."""
+    packed = np.ascontiguousarray(packed)
+    if code_bits == 8:
+        return torch.from_numpy(packed.astype(np.int64))
+    if code_bits == 32:
+        return torch.from_numpy(packed.view("<i4").copy())
+    bits = np.unpackbits(packed, axis=1, bitorder="little", count=num_codes * code_bits)
+    weights = 1 << np.arange(code_bits, dtype=np.int64)
+    return torch.from_numpy(bits.reshape(len(packed), num_codes, code_bits) @ weights)
