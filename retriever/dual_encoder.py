@@ -229,8 +229,7 @@ def model_fingerprint(folder: Path) -> str:
 def save_head(head: CompressionHead, folder: Path) -> None:
     """Write `config.json` and `model.safetensors` of a head."""
     folder.mkdir(parents=True)
-    config = {name: getattr(head.config, name) for name in head.config.__dataclass_fields__ if name != "name"}
-    write_json(folder / "config.json", {"head": head.config.name, "dim": head.dim, "config": config})
+    write_json(folder / "config.json", {"head": head.config.name, "dim": head.dim, "config": asdict(head.config)})
     state = {name: value.contiguous() for name, value in head.state_dict().items()}
     save_file(state, folder / "model.safetensors")
 

@@ -1,0 +1,59 @@
+"""`endex evaluate DIR-or-MODEL DATA [--split test]`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from index import Searcher
+from launch.arguments import parse, verb_parser
+from launch.search import write_run
+from retriever import DualEncoder, InputError, Precision, RetrievalData, read_data, read_qrels, read_queries
+from retriever.folder import MANIFEST, read_json
+from training import evaluate_index, evaluate_model
+
+__all__ = ["run"]
+
+
+def run(words: list[str]) -> int:
+    """Print the measures of an index folder, or of a model dense and compressed side by side."""
+    parser = verb_parser("evaluate", "Measure retrieval quality on judged queries; ties are ordered as trec_eval does.")
+    parser.add_argument("folder", type=str, help="Index folder or model folder.")
+    parser.add_argument("data", type=str, help="Folder in the BEIR layout, or a Hub data set.")
+    parser.add_argument("--split", type=str, default="test", help="Split of the judgements.")
+    parser.add_argument("--run", type=str | None, default=None, help="Also write the TREC run (index folders).")
+    parser.add_argument("--batch_size", type=int, default=64, help="Texts a forward pass.")
+    parser.add_argument("--precision", type=Precision, default="fp32", help="Arithmetic of the towers.")
+    options = parse(parser, words)
+    folder = Path(options.folder)
+    if _kind(folder) == "index":
+        searcher = Searcher(folder)
+        queries = read_queries(options.data)
+        qrels = read_qrels(options.data, options.split, queries=queries)
+        metrics, results = evaluate_index(searcher, RetrievalData({}, queries, qrels), precision=options.precision)
+        if options.run:
+            write_run(Path(options.run), results, tag=folder.name)
+    else:
+        if options.run:
+            raise InputError("--run needs an index folder. Export the model first: endex export MODEL CORPUS --out DIR.")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        metrics = evaluate_model(
+            DualEncoder.load(folder).to(device),
+            read_data(options.data, options.split),
+            batch_size=options.batch_size,
+            precision=options.precision,
+        )
+    print(json.dumps(metrics) if options.json else _table(metrics))
+    return 0
+
+
+def _kind(folder: Path) -> str:
+    if not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder} is neither a model folder nor an index folder: it has no {MANIFEST}.")
+    return str(read_json(folder / MANIFEST).get("kind"))
+
+
+def _table(metrics: dict[str, float]) -> str:
+    return "\n".join(f"{name:<24}{value:.4f}" for name, value in metrics.items())

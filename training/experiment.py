@@ -1,0 +1,282 @@
+"""Experiment: the root of the typed configuration tree. YAML in, YAML out."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import yaml
+
+from retriever import DualEncoderConfig, InputError, Precision
+from retriever.heads import HEADS, HeadConfig
+from training.losses import LOSSES, LossConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "Experiment",
+    "OptimizationConfig",
+    "TrackingConfig",
+    "dump_experiment",
+    "experiment_parser",
+    "load_experiment",
+]
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+def _require(condition: bool, field_name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise InputError(f"{field_name} must be {rule}, got {value!r}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Training and evaluation texts.
+
+    Attributes:
+        source: Folder in the BEIR layout, or name of a Hub data set.
+        train_split: Split whose judgements give the training pairs.
+        negatives_per_query: Given negatives of a query in each batch (from negatives.jsonl, else random documents).
+        max_pairs: Use only the first pairs; all by default.
+        evaluation_source: Folder or data set of the evaluation; by default `source`.
+        evaluation_split: Split of the evaluation during training.
+        workers: Processes that tokenize; 0 does it between the steps.
+    """
+
+    source: str
+    train_split: str = "train"
+    negatives_per_query: int = 0
+    max_pairs: int | None = None
+    evaluation_source: str | None = None
+    evaluation_split: str = "dev"
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.negatives_per_query >= 0, "data.negatives_per_query", self.negatives_per_query, "0 or more")
+        _require(self.max_pairs is None or self.max_pairs > 0, "data.max_pairs", self.max_pairs, "positive")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizationConfig:
+    """Steps, batches, learning rates, arithmetic.
+
+    Attributes:
+        steps: Optimizer steps; by default as many as `epochs` need.
+        epochs: Passes over the training pairs, if `steps` is not given.
+        batch_size: Queries a step over all devices and accumulation rounds.
+        accumulation: Rounds of forward and backward a step; negatives are shared within a round.
+        lr: Peak learning rate of the towers.
+        head_lr: Peak learning rate of the head.
+        weight_decay: AdamW's weight decay on the towers' matrices.
+        warmup: Share of the steps in which the learning rates rise linearly.
+        schedule: Fall of the learning rates after the warm-up: "linear" or "cosine" to 0, or "constant".
+        max_grad_norm: Gradients are clipped to this norm, towers and head apart.
+        precision: Arithmetic of the towers; heads and losses are always float32.
+        dense_warmup: Share of the steps before the head's warm start, in which the towers train uncompressed.
+        warm_start_documents: Documents whose current vectors give the head its starting values.
+        warm_start_from: Which documents those are: any of the "corpus" (unlabelled), or only those of training "pairs".
+        restart_every: Steps after which codewords that no document used are restarted; 0 never.
+        bucket_batches: Batches sorted together by length; 1 leaves batches random.
+    """
+
+    steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 64
+    accumulation: int = 1
+    lr: float = 5e-5
+    head_lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    schedule: Schedule = "linear"
+    max_grad_norm: float = 1.0
+    precision: Precision = "fp32"
+    dense_warmup: float = 0.3
+    warm_start_documents: int = 65_536
+    warm_start_from: Literal["corpus", "pairs"] = "corpus"
+    restart_every: int = 100
+    bucket_batches: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accumulation", "bucket_batches", "warm_start_documents"):
+            _require(getattr(self, name) >= 1, f"optimization.{name}", getattr(self, name), "at least 1")
+        for name in ("lr", "head_lr", "max_grad_norm", "epochs"):
+            _require(0 < getattr(self, name) < float("inf"), f"optimization.{name}", getattr(self, name), "positive")
+        for name in ("warmup", "dense_warmup"):
+            _require(0 <= getattr(self, name) <= 1, f"optimization.{name}", getattr(self, name), "between 0 and 1")
+        _require(self.weight_decay >= 0, "optimization.weight_decay", self.weight_decay, "0 or more")
+        _require(self.restart_every >= 0, "optimization.restart_every", self.restart_every, "0 or more")
+        _require(self.steps is None or self.steps >= 1, "optimization.steps", self.steps, "at least 1")
+        _require(self.schedule in get_args(Schedule), "optimization.schedule", self.schedule, f"one of {get_args(Schedule)}")
+        _require(
+            self.precision in get_args(Precision), "optimization.precision", self.precision, f"one of {get_args(Precision)}"
+        )
+        if self.batch_size % self.accumulation:
+            raise InputError(
+                f"optimization.batch_size must be a multiple of accumulation, got {self.batch_size} and {self.accumulation}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationConfig:
+    """Evaluation while training, dense and through the codes.
+
+    Attributes:
+        every: Steps between evaluations; 0 only at the end.
+        queries: Queries used, 0 for all.
+        documents: Documents searched, 0 for all; all relevant ones and others chosen by hash.
+        metric: The metric that names the best model: "compressed/" or "dense/" and a measure.
+        patience: Stop after this many evaluations without a better metric; 0 never.
+    """
+
+    every: int = 0
+    queries: int = 500
+    documents: int = 10_000
+    metric: str = "compressed/ndcg@10"
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "queries", "documents", "patience"):
+            _require(getattr(self, name) >= 0, f"evaluation.{name}", getattr(self, name), "0 or more")
+        kind, _, measure = self.metric.partition("/")
+        known = ("ndcg@10", "mrr@10", "recall@1", "recall@10", "recall@100")
+        if kind not in ("compressed", "dense") or measure not in known:
+            raise InputError(
+                f"evaluation.metric must be compressed/ or dense/ and one of {', '.join(known)}, got {self.metric!r}."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints for resuming.
+
+    Attributes:
+        every: Steps between checkpoints; 0 only at the end.
+        keep: Checkpoints kept.
+    """
+
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, "checkpoint.every", self.every, "0 or more")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """Where metrics go beside metrics.jsonl.
+
+    Attributes:
+        trackers: Trackers that accelerate knows: wandb, tensorboard, trackio ... (WANDB_MODE=offline works).
+        project: Project name at the tracker.
+        name: Name of the run; by default the output folder's.
+        tags: Tags of the run.
+        every: Steps between two rows of metrics.
+    """
+
+    trackers: list[str] = field(default_factory=list)
+    project: str = "endex"
+    name: str | None = None
+    tags: list[str] = field(default_factory=list)
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "tracking.every", self.every, "at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """Everything that determines a trained model.
+
+    Attributes:
+        output: Folder of the run: metrics.jsonl, checkpoints/, best/, last/.
+        model: The towers.
+        head: The compression head.
+        loss: The retrieval loss.
+        data: Training and evaluation texts.
+        optimization: Steps, batches, learning rates, arithmetic.
+        evaluation: Evaluation while training.
+        checkpoint: Checkpoints for resuming.
+        tracking: Where metrics go.
+        seed: Seed of everything random.
+    """
+
+    output: str
+    model: DualEncoderConfig
+    head: HeadConfig
+    loss: LossConfig
+    data: DataConfig
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.loss.check(self.head)
+
+
+def experiment_parser(**options: Any) -> ArgumentParser:
+    """Return a jsonargparse parser whose options are the fields of `Experiment`, dotted, and `--config FILE`."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(
+        subclasses_enabled=[HeadConfig, LossConfig], docstring_parse_attribute_docstrings=True
+    )
+    parser = ArgumentParser(exit_on_error=False, **options)
+    parser.add_argument("--config", action="config", help="YAML file of an experiment.")
+    parser.add_class_arguments(Experiment)
+    return parser
+
+
+def load_experiment(path: Path) -> Experiment:
+    """Read an experiment from YAML.
+
+    Raises:
+        InputError: If the file is missing, is not YAML, or has an unknown field or a wrong value.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} is not a file. Give a YAML recipe, for example one from configs/.")
+    return parse_experiment(["--config", str(path)])
+
+
+def parse_experiment(arguments: list[str]) -> Experiment:
+    """Return the experiment that command line arguments (`--config FILE --seed 1 ...`) describe.
+
+    Raises:
+        InputError: If an argument or a field of the file is unknown or wrong.
+    """
+    from jsonargparse import ArgumentError
+
+    parser = experiment_parser()
+    try:
+        parsed = parser.parse_args(arguments)
+        values = parser.instantiate(parsed).as_dict()
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+    values.pop("config", None)
+    return Experiment(**values)
+
+
+def dump_experiment(experiment: Experiment) -> str:
+    """Return the YAML text from which `load_experiment` makes an equal experiment."""
+    return yaml.safe_dump(_plain(experiment), sort_keys=False, allow_unicode=True)
+
+
+def _plain(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (HeadConfig, LossConfig)):
+        known = {**HEADS, **LOSSES}
+        assert known[value.name] is type(value), "every head and loss is registered"
+        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": fields}
+    return fields

@@ -1,0 +1,73 @@
+"""What every retrieval loss takes and gives.
+
+Shapes: B queries, N documents (of all devices), D dimensions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from retriever.errors import InputError
+from retriever.heads import HeadConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+__all__ = ["LossConfig", "RetrievalLoss", "ScoredBatch", "check_temperature"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch:
+    """Scores of a batch, and what some losses need beside them.
+
+    Attributes:
+        dense: Inner products of queries and uncompressed documents, (B, N).
+        compressed: Inner products of queries and reconstructed documents, (B, N): the score of the index.
+        labels: Column of each query's positive, (B,).
+        ignore: Other documents relevant to the query, left out of every softmax, (B, N).
+        documents: Uncompressed vectors of this device's documents, (n, D).
+        reconstruction: The same after compression, (n, D).
+        positives: Rows of this device's documents that are positives, (B,).
+        log_assignment: log-probability of this device's documents' codes, (n,), or None.
+    """
+
+    dense: Float[Tensor, "B N"]
+    compressed: Float[Tensor, "B N"]
+    labels: Int[Tensor, " B"]
+    ignore: Bool[Tensor, "B N"]
+    documents: Float[Tensor, "n D"]
+    reconstruction: Float[Tensor, "n D"]
+    positives: Int[Tensor, " B"]
+    log_assignment: Float[Tensor, " n"] | None = None
+
+
+class RetrievalLoss(nn.Module, ABC):
+    """A loss on scores. It never owns the model, and holds no trainable state."""
+
+    @abstractmethod
+    def forward(self, batch: ScoredBatch) -> dict[str, Tensor]:
+        """Return the weighted parts by name; their sum is the loss. Each is a mean over this device's queries."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig(ABC):
+    """Base of the losses' configurations; choose one by `class_path`."""
+
+    name: ClassVar[str] = ""
+
+    @abstractmethod
+    def build(self) -> RetrievalLoss:
+        """Return the loss."""
+
+    def check(self, head: HeadConfig) -> None:  # noqa: B027
+        """Raise InputError if the loss needs what the head does not give."""
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise InputError unless a temperature is positive and finite."""
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"temperature must be positive, got {temperature}. Cosine scores want about 0.05.")

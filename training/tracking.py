@@ -1,0 +1,88 @@
+"""metrics.jsonl and experiment trackers. The only place that knows trackers' names.
+
+Metric names: `train/...`, `head/...`, `perf/...`, `eval/dense/...`, `eval/compressed/...`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from training.experiment import Experiment, dump_experiment
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["RunLog"]
+
+
+class RunLog:
+    """Writes rows of metrics to `metrics.jsonl` and to the trackers that accelerate was given.
+
+    Args:
+        folder: The run's folder.
+        experiment: Its configuration, sent to the trackers.
+        accelerator: Made with `log_with=experiment.tracking.trackers`.
+        step: Rows after this step are dropped, as a resumed run writes them again.
+    """
+
+    def __init__(self, folder: Path, experiment: Experiment, accelerator: Accelerator, step: int) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._accelerator = accelerator
+        if not accelerator.is_main_process:
+            return
+        _truncate(self._path, step)
+        if experiment.tracking.trackers:
+            self._start_trackers(folder, experiment)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append one row, on the main process."""
+        if self._accelerator.is_main_process:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self._accelerator.log(values, step=step)
+
+    def close(self) -> None:
+        """Finish the trackers."""
+        self._accelerator.end_training()
+
+    def _start_trackers(self, folder: Path, experiment: Experiment) -> None:
+        tracking = experiment.tracking
+        name = tracking.name or folder.name
+        run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same after a resume
+        wandb = {"name": name, "tags": tracking.tags, "id": run_id, "resume": "allow", "dir": str(folder)}
+        config = _flatten(yaml.safe_load(dump_experiment(experiment)))
+        self._accelerator.init_trackers(tracking.project, config=config, init_kwargs={"wandb": wandb})
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keep the rows up to `step`."""
+    if not path.is_file():
+        return
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):  # a line cut by a kill
+        return float("inf")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted names and plain values, as every tracker takes them."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

@@ -1,0 +1,394 @@
+"""Trainer: pairs -> trained DualEncoder.
+
+Shapes: B queries a step over all devices, b of this device and round, N documents of all devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from index import FaissFit
+from retriever import Collator, DualEncoder, InputError, RetrievalData, TokenBatch, embed_documents, read_data
+from retriever.data import other_relevant
+from retriever.heads import QuantizerFit
+from training.card import model_card
+from training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from training.distributed import all_gather
+from training.evaluate import evaluate_model, select_evaluation
+from training.experiment import Experiment, OptimizationConfig, dump_experiment, load_experiment
+from training.losses import ScoredBatch
+from training.negatives import BatchPlan, PairDataset
+from training.tracking import RunLog
+
+__all__ = ["Trainer", "TrainingReport"]
+
+MAY_CHANGE = ("tracking", "checkpoint", "evaluation")  # parts of an experiment that a resumed run may change
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingReport:
+    """What a run achieved: `best` and `last` are model folders, `metrics` those of the last evaluation."""
+
+    best: Path
+    last: Path
+    steps: int
+    best_step: int
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """Trains the model that an experiment describes.
+
+    Args:
+        experiment: The whole configuration.
+        fit: Gives heads their starting values; FAISS by default.
+        progress: Show a bar on the main process.
+    """
+
+    def __init__(self, experiment: Experiment, *, fit: QuantizerFit | None = None, progress: bool = True) -> None:
+        self.experiment = experiment
+        self.quantizer_fit = fit or FaissFit()
+        self.show_progress = progress
+        self.folder = Path(experiment.output)
+        self.progress = Progress()
+        self.metrics: dict[str, float] = {}
+
+    def fit(self, *, resume: bool = False) -> TrainingReport:
+        """Train, evaluate, and write `best/` and `last/`.
+
+        Args:
+            resume: Continue from the newest checkpoint of the output folder, if there is one.
+
+        Raises:
+            InputError: If data, model or output folder are not fit for the run.
+        """
+        self._refuse_finished(resume)
+        self._set_up()
+        self._restore(resume)
+        log = RunLog(self.folder, self.experiment, self.accelerator, self.progress.step)
+        rounds = self._rounds()
+        with tqdm(
+            desc="train",
+            total=self.steps,
+            initial=self.progress.step,
+            disable=not (self.show_progress and self.accelerator.is_main_process),
+        ) as bar:
+            for step in range(self.progress.step, self.steps):
+                torch.manual_seed(self._seed(step))
+                if step == self.head_start:
+                    self._warm_start()
+                row = self._step(step, rounds)
+                self.progress.step = step + 1
+                if self._due(self.experiment.tracking.every):
+                    log.log(step + 1, self._collect(row))
+                    bar.set_postfix(loss=f"{row['train/loss']:.3f}", refresh=False)
+                if self._due(self.experiment.evaluation.every):
+                    log.log(step + 1, self._evaluate())
+                if self._due(self.experiment.checkpoint.every):
+                    self._save_checkpoint()
+                bar.update()
+                if self.progress.stopped:
+                    break
+        log.close()
+        return self._finish()
+
+    def _set_up(self) -> None:
+        """Load data and model, and prepare them for the devices."""
+        experiment, optimization = self.experiment, self.experiment.optimization
+        self.accelerator = Accelerator(
+            mixed_precision=PRECISIONS[optimization.precision],
+            log_with=experiment.tracking.trackers or None,
+            project_dir=str(self.folder),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+        )
+        self.processes = self.accelerator.num_processes
+        self._check_batch(optimization)
+        self.data = read_data(experiment.data.source, experiment.data.train_split)
+        self.dataset = PairDataset(self.data, experiment.data.negatives_per_query)
+        del self.dataset.rows[experiment.data.max_pairs or len(self.dataset.rows) :]
+        self.plan = BatchPlan(
+            lengths=[self.dataset.length(row) for row in range(len(self.dataset))],
+            batch_size=optimization.batch_size,
+            seed=experiment.seed,
+            bucket_batches=optimization.bucket_batches,
+        )
+        self.steps = optimization.steps or max(1, math.ceil(optimization.epochs * self.plan.batches_per_epoch))
+        self.evaluation = self._read_evaluation()
+        torch.manual_seed(experiment.seed)
+        self.model = experiment.model.build(experiment.head)
+        compresses = experiment.head.name != "none"
+        self.head_start = round(optimization.dense_warmup * self.steps) if compresses else self.steps
+        self.loss = experiment.loss.build()
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, optimization))
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self._started = time.perf_counter()
+        self._pairs = 0
+
+    def _check_batch(self, optimization: OptimizationConfig) -> None:
+        shares = optimization.accumulation * self.processes
+        if optimization.batch_size % shares:
+            raise InputError(
+                f"optimization.batch_size must be a multiple of accumulation x processes, got "
+                f"{optimization.batch_size} and {optimization.accumulation} x {self.processes}."
+            )
+
+    def _read_evaluation(self) -> RetrievalData:
+        config, data = self.experiment.evaluation, self.experiment.data
+        source = data.evaluation_source or data.source
+        whole = read_data(source, data.evaluation_split)
+        return select_evaluation(whole, queries=config.queries, documents=config.documents)
+
+    def _rounds(self) -> Iterator[TokenBatch]:
+        """Yield this device's batches: `accumulation` rounds of each remaining step."""
+        optimization = self.experiment.optimization
+        size = optimization.batch_size // (optimization.accumulation * self.processes)
+        offsets = [
+            (a * self.processes + self.accelerator.process_index) * size for a in range(optimization.accumulation)
+        ]
+        plan = self.plan.steps(self.progress.step, self.steps, slice(None))
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[batch[start : start + size] for batch in plan for start in offsets],
+            collate_fn=Collator(self.model.tokenize_queries, self.model.tokenize_documents),
+            num_workers=self.experiment.data.workers,
+        )
+        for batch in loader:
+            yield batch.to(self.accelerator.device)
+
+    def _step(self, step: int, rounds: Iterator[TokenBatch]) -> dict[str, float]:
+        """Run one optimizer step; return the values to log."""
+        optimization = self.experiment.optimization
+        self.wrapped.train()
+        row: dict[str, float] = defaultdict(float)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * schedule(step, self.steps, optimization)
+        compress = step >= self.head_start
+        for number, batch in enumerate(islice(rounds, optimization.accumulation)):
+            last = number == optimization.accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                parts, seen = self._losses(batch, compress)
+                loss = torch.stack(list(parts.values())).sum() / optimization.accumulation
+                self.accelerator.backward(loss)
+            for name, value in parts.items():
+                row[f"train/loss_{name}"] += value.item() / optimization.accumulation
+        row["train/loss"] = sum(value for name, value in row.items() if name.startswith("train/loss_"))
+        row |= self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if compress:
+            row |= self._care_for_codebooks(step, seen)
+        self._pairs += optimization.batch_size
+        return {**row, "train/lr": self.optimizer.param_groups[0]["lr"]}
+
+    def _losses(self, batch: TokenBatch, compress: bool) -> tuple[dict[str, Tensor], ScoredBatch]:
+        """Return the loss parts of one round, and what they were computed from."""
+        vectors = self.wrapped(batch, compress)
+        head = vectors.compressed
+        queries, own = len(vectors.queries), len(vectors.documents)
+        positives = torch.arange(queries, device=vectors.queries.device) * (own // queries)
+        labels = positives + self.accelerator.process_index * own
+        documents, reconstruction = all_gather(vectors.documents), all_gather(head.reconstruction)
+        keys = all_gather(batch.document_keys)
+        scored = ScoredBatch(
+            dense=vectors.queries @ documents.T,
+            compressed=vectors.queries @ reconstruction.T,
+            labels=labels,
+            ignore=other_relevant(keys, batch.relevant_keys, labels),
+            documents=vectors.documents,
+            reconstruction=head.reconstruction,
+            positives=positives,
+            log_assignment=head.log_assignment,
+        )
+        if compress:
+            self.model.head.count(all_gather(head.codes))
+        return {**self.loss(scored), **head.losses}, scored
+
+    def _clip(self) -> dict[str, float]:
+        """Clip the gradients of towers and head, each to the norm; return both norms."""
+        self.accelerator.unscale_gradients()
+        limit = self.experiment.optimization.max_grad_norm
+        norms = {}
+        towers = [p for name, p in self.model.named_parameters() if not name.startswith("head.")]
+        for name, parameters in {"towers": towers, "head": list(self.model.head.parameters())}.items():
+            if any(p.grad is not None for p in parameters):
+                norms[f"train/grad_norm_{name}"] = nn.utils.clip_grad_norm_(parameters, limit).item()
+        return norms
+
+    def _care_for_codebooks(self, step: int, seen: ScoredBatch) -> dict[str, float]:
+        """Measure the codebooks' use and distortion; restart dead codewords when due."""
+        head, every = self.model.head, self.experiment.optimization.restart_every
+        error = (seen.documents - seen.reconstruction).detach().square().sum(1).mean().item()
+        row = {"head/distortion": error, **{f"head/{k}": v for k, v in head.usage_statistics().items()}}
+        if every and (step + 1 - self.head_start) % every == 0:
+            generator = torch.Generator().manual_seed(self._seed(step))
+            restarted = head.restart_dead_codes(all_gather(seen.documents.detach()), generator)
+            for parameter, mask in restarted.items():
+                for value in self.optimizer.state[parameter].values():
+                    if value.shape == parameter.shape:
+                        value[mask] = 0  # the optimizer forgets the old codeword
+        return row
+
+    def _warm_start(self) -> None:
+        """Give the head its starting values from the current vectors of a sample of documents."""
+        optimization = self.experiment.optimization
+        ids = sorted(self.data.documents if optimization.warm_start_from == "corpus" else self._training_documents())
+        chosen = torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.experiment.seed)).tolist()
+        documents = [self.data.documents[ids[row]] for row in chosen[: optimization.warm_start_documents]]
+        head = self.model.head
+        if self.accelerator.is_main_process:
+            vectors = embed_documents(self.model, documents, precision=optimization.precision)
+            head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
+        if self.processes > 1:
+            for value in head.state_dict().values():
+                torch.distributed.broadcast(value, 0)
+
+    def _training_documents(self) -> set[str]:
+        return {document for _, document in self.dataset.rows}
+
+    def _evaluate(self) -> dict[str, float]:
+        """Evaluate the current model, and save it if it is the best so far."""
+        optimization, config = self.experiment.optimization, self.experiment.evaluation
+        self.metrics = evaluate_model(self.model, self.evaluation, precision=optimization.precision)
+        name = config.metric if config.metric in self.metrics else config.metric.replace("compressed", "dense")
+        value, progress = self.metrics[name], self.progress
+        if self.progress.step >= min(self.head_start, self.steps):  # an untrained head must not win
+            if progress.best_metric is None or value > progress.best_metric:
+                progress.best_metric, progress.best_step, progress.worse = value, progress.step, 0
+                self._save_model("best")
+            else:
+                progress.worse += 1
+                progress.stopped = bool(config.patience) and progress.worse >= config.patience
+        return {f"eval/{name}": value for name, value in self.metrics.items()}
+
+    def _finish(self) -> TrainingReport:
+        self._save_model("last")
+        return TrainingReport(
+            best=self.folder / "best",
+            last=self.folder / "last",
+            steps=self.progress.step,
+            best_step=self.progress.best_step,
+            metrics=self.metrics,
+        )
+
+    def _save_model(self, name: str) -> None:
+        if self.accelerator.is_main_process:
+            card = model_card(self.folder.name, self.experiment, self.model, self.metrics)
+            files = {"experiment.yaml": dump_experiment(self.experiment), "README.md": card}
+            self.model.save(
+                self.folder / name,
+                overwrite=True,
+                files=files,
+                about={"step": self.progress.step, "metrics": self.metrics},
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            self.progress.processes = self.processes
+            save_checkpoint(
+                self.folder / "checkpoints",
+                model=self.model,
+                optimizer=self.optimizer,
+                progress=self.progress,
+                experiment_yaml=dump_experiment(self.experiment),
+                scaler=scaler.state_dict() if scaler else None,
+                keep=self.experiment.checkpoint.keep,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _refuse_finished(self, resume: bool) -> None:
+        if not resume:
+            for name in ("metrics.jsonl", "checkpoints", "best", "last"):
+                if (self.folder / name).exists():
+                    raise InputError(
+                        f"{self.folder} holds a run already. Choose another output, add --resume to continue it, "
+                        "or delete it first."
+                    )
+        elif (self.folder / "last").exists():
+            raise InputError(f"{self.folder} is a finished run. Choose another output to train again.")
+
+    def _restore(self, resume: bool) -> None:
+        """Continue from the newest checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = latest_checkpoint(self.folder / "checkpoints") if resume else None
+        if path is None:
+            return
+        self._refuse_changed(path)
+        self.progress, scaler = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        if self.progress.processes != self.processes:
+            raise InputError(
+                f"{path} was written by {self.progress.processes} processes and cannot continue exactly on "
+                f"{self.processes}. Start as many processes as before."
+            )
+        if scaler and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
+
+    def _refuse_changed(self, path: Path) -> None:
+        stored = yaml.safe_load(dump_experiment(load_experiment(path / "experiment.yaml")))
+        current = yaml.safe_load(dump_experiment(self.experiment))
+        changed = [name for name in current if name not in MAY_CHANGE and stored[name] != current[name]]
+        if changed:
+            raise InputError(
+                f"{path} was written with another {', '.join(changed)}. Resume with the same experiment "
+                f"({', '.join(MAY_CHANGE)} may change), or choose another output."
+            )
+
+    def _due(self, every: int) -> bool:
+        """Whether something that happens each `every` steps, and at the end, happens after this step."""
+        return self.progress.step == self.steps or bool(every) and self.progress.step % every == 0
+
+    def _collect(self, row: dict[str, float]) -> dict[str, float]:
+        """Add the speed since the last row."""
+        now = time.perf_counter()
+        speed = self._pairs / (now - self._started)
+        self._started, self._pairs = now, 0
+        return {**row, "perf/pairs_per_second": speed}
+
+    def _seed(self, step: int) -> int:
+        text = f"{self.experiment.seed}/{step}/{self.accelerator.process_index}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
+
+
+def parameter_groups(model: DualEncoder, config: OptimizationConfig) -> list[dict[str, object]]:
+    """Return AdamW's groups: tower matrices with weight decay, tower vectors without, the head without."""
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head": []}
+    for name, parameter in model.named_parameters():
+        if name.startswith("head."):
+            groups["head"].append(parameter)
+        else:
+            groups["matrices" if parameter.ndim > 1 else "vectors"].append(parameter)
+    decay = {"matrices": config.weight_decay, "vectors": 0.0, "head": 0.0}
+    peak = {"matrices": config.lr, "vectors": config.lr, "head": config.head_lr}
+    return [
+        {"params": parameters, "lr": peak[name], "peak_lr": peak[name], "weight_decay": decay[name]}
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
+def schedule(step: int, steps: int, config: OptimizationConfig) -> float:
+    """Return the factor on the peak learning rates at a step: linear rise, then the configured fall."""
+    rise = config.warmup * steps
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    share = (step - rise) / max(1.0, steps - rise)  # of the fall, 0 to 1
+    falls = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
+    return falls[config.schedule]
+
