@@ -10,7 +10,9 @@ from retriever.errors import InputError
 
 __all__ = ["load_faiss"]
 
-REMEDY = "pip uninstall -y faiss-cpu faiss-gpu faiss-gpu-cuvs && pip install 'endex[cpu]'  (or [gpu], or [cuvs])"
+REMEDY = (
+    "pip uninstall -y faiss-cpu faiss-gpu faiss-gpu-cuvs && pip install 'endex[cpu]'  (or [gpu], or [cuvs])"
+)
 
 
 @cache
@@ -29,4 +31,4 @@ def load_faiss() -> ModuleType:
         import faiss
     except ImportError as error:
         raise InputError(f"FAISS cannot be imported ({error}). Run: {REMEDY}") from None
-    return faiss  # type: ignore[no-any-return]
+    return faiss

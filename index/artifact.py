@@ -33,7 +33,7 @@ __all__ = ["ExportReport", "IndexConfig", "export_index"]
 Kind = Literal["auto", "flat", "pq", "ivfpq"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class IndexConfig:
     """Which FAISS index carries the codes.
 
@@ -132,7 +132,9 @@ def export_index(
         experiment = model_folder / "experiment.yaml"
         if experiment.is_file():
             (folder / "experiment.yaml").write_bytes(experiment.read_bytes())
-        about.update(ntotal=report.ntotal, dim=model.dim, code_size=report.code_size, index=type(builder).__name__)
+        about.update(
+            ntotal=report.ntotal, dim=model.dim, code_size=report.code_size, index=type(builder).__name__
+        )
     return report
 
 
@@ -162,7 +164,9 @@ def _write_index(
     return report
 
 
-def _infos(built: FaissIndex, head: CompressionHead, corpus: EncodedCorpus, report: ExportReport) -> dict[str, object]:
+def _infos(
+    built: FaissIndex, head: CompressionHead, corpus: EncodedCorpus, report: ExportReport
+) -> dict[str, object]:
     """Return the report under autofaiss's keys (those that need no uncompressed copy of the corpus), and ours."""
     queries: NDArray[np.float32] = corpus.sample[:100].numpy()
     milliseconds = []

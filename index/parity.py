@@ -66,7 +66,9 @@ def assert_parity(
     tolerance = TOLERANCE * max(1.0, expected.abs().max().item())
     difference = (torch.from_numpy(scores).double() - expected).abs().max().item()
     if not difference <= tolerance:
-        raise ParityError(f"FAISS scores differ from the model's by {difference:.2e}, allowed is {tolerance:.1e}")
+        raise ParityError(
+            f"FAISS scores differ from the model's by {difference:.2e}, allowed is {tolerance:.1e}"
+        )
     if (np.diff(scores, axis=1) > tolerance).any():
         raise ParityError("FAISS returned scores out of order")
     some = np.unique(np.linspace(0, len(codes) - 1, min(sample, len(codes))).astype(np.int64))
@@ -74,7 +76,9 @@ def assert_parity(
     better = (candidates > expected[:, -1:] + 2 * tolerance).nonzero().tolist()
     missed = [(query, int(some[column])) for query, column in better if some[column] not in rows[query]]
     if missed:
-        raise ParityError(f"the index missed a better document: row {missed[0][1]} for sample query {missed[0][0]}")
+        raise ParityError(
+            f"the index missed a better document: row {missed[0][1]} for sample query {missed[0][0]}"
+        )
     return float(difference)
 
 

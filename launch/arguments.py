@@ -41,9 +41,9 @@ def option_names(parser: ArgumentParser) -> list[str]:
 def clear_message(message: str, known: list[str]) -> str:
     """Return a parser's message on one line, with the nearest known name for an unknown one."""
     text = " ".join(message.split())
-    if unknown := re.search(r"(?:unrecognized arguments?: --|[Oo]ption '|[Kk]ey '|Unsupported option: )([\w.]+)", text):
+    if unknown := re.search(
+        r"(?:unrecognized arguments?: --|[Oo]ption '|[Kk]ey '|Unsupported option: )([\w.]+)", text
+    ):
         if near := difflib.get_close_matches(unknown.group(1), known, n=1):
             text += f" Did you mean {near[0]!r}?"
     return text
-
-

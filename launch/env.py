@@ -13,7 +13,16 @@ from retriever import InputError
 
 __all__ = ["describe", "run"]
 
-LIBRARIES = ("endex", "torch", "transformers", "accelerate", "datasets", "numpy", "sentence-transformers", "wandb")
+LIBRARIES = (
+    "endex",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "sentence-transformers",
+    "wandb",
+)
 
 
 def run(words: list[str]) -> int:
@@ -26,7 +35,11 @@ def run(words: list[str]) -> int:
 
 def describe() -> dict[str, str]:
     """Return versions, devices and FAISS's state by name."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "cpu_threads": str(torch.get_num_threads())}
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_threads": str(torch.get_num_threads()),
+    }
     found |= {name: _version(name) for name in LIBRARIES}
     found["cuda (torch)"] = torch.version.cuda or "none"
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -19,11 +19,15 @@ __all__ = ["run"]
 
 def run(words: list[str]) -> int:
     """Print the measures of an index folder, or of a model dense and compressed side by side."""
-    parser = verb_parser("evaluate", "Measure retrieval quality on judged queries; ties are ordered as trec_eval does.")
+    parser = verb_parser(
+        "evaluate", "Measure retrieval quality on judged queries; ties are ordered as trec_eval does."
+    )
     parser.add_argument("folder", type=str, help="Index folder or model folder.")
     parser.add_argument("data", type=str, help="Folder in the BEIR layout, or a Hub data set.")
     parser.add_argument("--split", type=str, default="test", help="Split of the judgements.")
-    parser.add_argument("--run", type=str | None, default=None, help="Also write the TREC run (index folders).")
+    parser.add_argument(
+        "--run", type=str | None, default=None, help="Also write the TREC run (index folders)."
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="Texts a forward pass.")
     parser.add_argument("--precision", type=Precision, default="fp32", help="Arithmetic of the towers.")
     options = parse(parser, words)
@@ -32,12 +36,16 @@ def run(words: list[str]) -> int:
         searcher = Searcher(folder)
         queries = read_queries(options.data)
         qrels = read_qrels(options.data, options.split, queries=queries)
-        metrics, results = evaluate_index(searcher, RetrievalData({}, queries, qrels), precision=options.precision)
+        metrics, results = evaluate_index(
+            searcher, RetrievalData({}, queries, qrels), precision=options.precision
+        )
         if options.run:
             write_run(Path(options.run), results, tag=folder.name)
     else:
         if options.run:
-            raise InputError("--run needs an index folder. Export the model first: endex export MODEL CORPUS --out DIR.")
+            raise InputError(
+                "--run needs an index folder. Export the model first: endex export MODEL CORPUS --out DIR."
+            )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         metrics = evaluate_model(
             DualEncoder.load(folder).to(device),

@@ -15,15 +15,23 @@ __all__ = ["run"]
 
 def run(words: list[str]) -> int:
     """Encode a corpus and publish an index folder."""
-    parser = verb_parser("export", "Encode a corpus to codes with a trained model and put them into FAISS as they are.")
+    parser = verb_parser(
+        "export", "Encode a corpus to codes with a trained model and put them into FAISS as they are."
+    )
     parser.add_argument("model", type=str, help="Model folder (best/ or last/ of a run).")
-    parser.add_argument("corpus", type=str, help="Folder in the BEIR layout, corpus.jsonl[.gz], or a Hub data set.")
+    parser.add_argument(
+        "corpus", type=str, help="Folder in the BEIR layout, corpus.jsonl[.gz], or a Hub data set."
+    )
     parser.add_argument("--out", type=str, required=True, help="Index folder to write.")
     parser.add_class_arguments(IndexConfig, "index")
     parser.add_argument("--batch_size", type=int, default=64, help="Documents a forward pass.")
     parser.add_argument("--precision", type=Precision, default="fp32", help="Arithmetic of the tower.")
-    parser.add_argument("--device", type=str | None, default=None, help="torch device; a GPU if there is one.")
-    parser.add_argument("--store_texts", type=bool, default=True, help="Keep the texts, so that search shows them.")
+    parser.add_argument(
+        "--device", type=str | None, default=None, help="torch device; a GPU if there is one."
+    )
+    parser.add_argument(
+        "--store_texts", type=bool, default=True, help="Keep the texts, so that search shows them."
+    )
     parser.add_argument("--overwrite", action="store_true", help="Replace an existing index folder.")
     options = parse(parser, words)
     report = export_index(

@@ -26,6 +26,6 @@ def hidden_packages() -> list[str]:
             found = origin or (list(spec.submodule_search_locations or []) if spec else "nothing")
             lines.append(
                 f"{found} hides Endex's package {name!r} ({home / name}). Start with the command `endex` from "
-                f"another folder, rename yours, or take its folder out of PYTHONPATH (sys.path begins with {sys.path[:2]})."
+                f"another folder, rename yours, or take its folder out of PYTHONPATH (sys.path: {sys.path[:2]} ...)."
             )
     return lines

@@ -275,7 +275,8 @@ def _write(out: Path, documents: Iterable[_Document], splits: dict[str, Judgemen
 
 
 def _readme(documents: Iterable[_Document], counts: dict[str, int], roots: Sequence[Path]) -> str:
-    packages, sources = Counter(document.unit.partition(".")[0] for document in documents), set()
+    packages = Counter(document.unit.partition(".")[0] for document in documents)
+    sources = set()
     for distribution in distributions(path=[str(root) for root in roots]):
         if packages.keys() & {file.parts[0].removesuffix(".py") for file in distribution.files or ()}:
             sources.add(f"{distribution.name} {distribution.version}")
@@ -289,8 +290,7 @@ without docstrings (class: one-line fields and signatures of its methods), cut a
 - {"; ".join(f"{name.replace('_', ' ')}: {count}" for name, count in counts.items())}
 - equal documents are merged, near-copies (other names and literals) dropped; a query has at most 3 documents
 - splits: by SHA-1 of package.subpackage (80/5/15); dev and test are capped at 500 and 1,500 queries
-- licence: each package its own
-- source: {", ".join(sorted(sources)) or "folders without distributions"}
+- licence: each package its own; source: {", ".join(sorted(sources)) or "folders without distributions"}
 - documents by package: {", ".join(f"{name} {packages[name]}" for name in sorted(packages))}
 """
 

@@ -18,10 +18,16 @@ def run(words: list[str]) -> int:
     parser = verb_parser("search", "Search an index folder.")
     parser.add_argument("index", type=str, help="Index folder that endex export wrote.")
     parser.add_argument("--query", type=str | None, default=None, help="A query.")
-    parser.add_argument("--queries", type=str | None, default=None, help="queries.jsonl[.gz] or a BEIR folder.")
+    parser.add_argument(
+        "--queries", type=str | None, default=None, help="queries.jsonl[.gz] or a BEIR folder."
+    )
     parser.add_argument("--k", type=int, default=10, help="Documents a query.")
-    parser.add_argument("--run", type=str | None, default=None, help="Write a TREC run here instead of printing.")
-    parser.add_argument("--model", type=str | None, default=None, help="Model folder; refused if not the index's own.")
+    parser.add_argument(
+        "--run", type=str | None, default=None, help="Write a TREC run here instead of printing."
+    )
+    parser.add_argument(
+        "--model", type=str | None, default=None, help="Model folder; refused if not the index's own."
+    )
     parser.add_argument("--precision", type=Precision, default="fp32", help="Arithmetic of the tower.")
     options = parse(parser, words)
     if (options.query is None) == (options.queries is None):
@@ -35,7 +41,11 @@ def run(words: list[str]) -> int:
     }
     if options.run:
         write_run(Path(options.run), results, tag=Path(options.index).name)
-        print(json.dumps({"run": options.run, "queries": len(results)}) if options.json else f"wrote {options.run}")
+        print(
+            json.dumps({"run": options.run, "queries": len(results)})
+            if options.json
+            else f"wrote {options.run}"
+        )
         return 0
     if options.json:
         print(json.dumps(results))

@@ -32,7 +32,12 @@ def run(words: list[str]) -> int:
     report = Trainer(parse_experiment(words), progress=sys.stderr.isatty() or not flags["json"]).fit(
         resume=flags["resume"]
     )
-    result = {"best": str(report.best), "last": str(report.last), "steps": report.steps, "metrics": report.metrics}
+    result = {
+        "best": str(report.best),
+        "last": str(report.last),
+        "steps": report.steps,
+        "metrics": report.metrics,
+    }
     if flags["json"]:
         print(json.dumps(result))
         return 0

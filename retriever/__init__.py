@@ -1,6 +1,14 @@
 """Text -> vector -> code: the two towers and the compression heads."""
 
-from retriever.beir import Qrels, RetrievalData, read_corpus, read_data, read_negatives, read_qrels, read_queries
+from retriever.beir import (
+    Qrels,
+    RetrievalData,
+    read_corpus,
+    read_data,
+    read_negatives,
+    read_qrels,
+    read_queries,
+)
 from retriever.data import Collator, Document, TextPair, TokenBatch, Tokens
 from retriever.dual_encoder import DualEncoder, DualEncoderConfig, Embeddings, model_fingerprint
 from retriever.encoder import Encoder, EncoderSettings

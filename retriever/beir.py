@@ -42,9 +42,13 @@ def read_corpus(source: str | Path) -> Iterator[Document]:
     """
     seen: set[str] = set()
     for where, row in _rows(source, "corpus"):
-        document = Document(_text(row, "_id", where), _text(row, "title", where, default=""), _text(row, "text", where))
+        document = Document(
+            _text(row, "_id", where), _text(row, "title", where, default=""), _text(row, "text", where)
+        )
         if not (document.title or document.text.strip()):
-            raise InputError(f"{where}: the document {document.id!r} has neither title nor text. Remove the line.")
+            raise InputError(
+                f"{where}: the document {document.id!r} has neither title nor text. Remove the line."
+            )
         _refuse_duplicate(document.id, seen, where, "document")
         yield document
     if not seen:
@@ -63,7 +67,9 @@ def read_queries(source: str | Path) -> dict[str, str]:
         if not text.strip():
             raise InputError(f"{where}: the query {identifier!r} is empty. Remove the line.")
         if identifier in queries:
-            raise InputError(f"{where}: the query id {identifier!r} occurs a second time. Make the ids unique.")
+            raise InputError(
+                f"{where}: the query id {identifier!r} occurs a second time. Make the ids unique."
+            )
         queries[identifier] = text
     if not queries:
         raise InputError(f"{source} holds no queries. Give at least one query.")
@@ -71,7 +77,11 @@ def read_queries(source: str | Path) -> dict[str, str]:
 
 
 def read_qrels(
-    source: str | Path, split: str, *, queries: Iterable[str] | None = None, documents: Iterable[str] | None = None
+    source: str | Path,
+    split: str,
+    *,
+    queries: Iterable[str] | None = None,
+    documents: Iterable[str] | None = None,
 ) -> Qrels:
     """Return the judgements of a split.
 
@@ -89,9 +99,13 @@ def read_qrels(
     qrels: Qrels = {}
     for where, query, document, score in _judgements(source, split):
         if known_queries is not None and query not in known_queries:
-            raise InputError(f"{where}: the query {query!r} is not among the queries. Add it or remove the line.")
+            raise InputError(
+                f"{where}: the query {query!r} is not among the queries. Add it or remove the line."
+            )
         if known_documents is not None and document not in known_documents:
-            raise InputError(f"{where}: the document {document!r} is not in the corpus. Add it or remove the line.")
+            raise InputError(
+                f"{where}: the document {document!r} is not in the corpus. Add it or remove the line."
+            )
         qrels.setdefault(query, {})[document] = score
     if not any(score > 0 for judged in qrels.values() for score in judged.values()):
         raise InputError(f"{source} has no relevant document in split {split!r}. Choose another split.")
@@ -112,7 +126,9 @@ def read_negatives(source: str | Path, documents: Iterable[str]) -> dict[str, li
     for where, row in _rows(source, "negatives"):
         ids = row.get("negatives")
         if not isinstance(ids, list):
-            raise InputError(f"{where}: 'negatives' must be a list of document ids, got {ids!r}. Correct the line.")
+            raise InputError(
+                f"{where}: 'negatives' must be a list of document ids, got {ids!r}. Correct the line."
+            )
         for identifier in ids:
             if identifier not in known:
                 raise InputError(f"{where}: the document {identifier!r} is not in the corpus. Remove it.")
@@ -142,7 +158,9 @@ def _rows(source: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]
         yield from _json_lines(path)
     elif path.is_dir() and not _is_datasets_folder(path):
         if (found := _find(path, name)) is None:
-            raise InputError(f"{path} has no {name}.jsonl or {name}.jsonl.gz. Give a folder in the BEIR layout.")
+            raise InputError(
+                f"{path} has no {name}.jsonl or {name}.jsonl.gz. Give a folder in the BEIR layout."
+            )
         yield from _json_lines(found)
     else:
         yield from _hub_rows(str(source), name, None)
@@ -166,10 +184,14 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                         f"{path}:{number}: not JSON ({error}). Correct or remove the line: one JSON object a line."
                     ) from None
                 if not isinstance(row, dict):
-                    raise InputError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}. Correct the line.")
+                    raise InputError(
+                        f"{path}:{number}: expected a JSON object, got {type(row).__name__}. Correct the line."
+                    )
                 yield f"{path}:{number}", row
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
-        raise InputError(f"{path}:{number + 1}: unreadable ({error}). Write the file again as UTF-8.") from None
+        raise InputError(
+            f"{path}:{number + 1}: unreadable ({error}). Write the file again as UTF-8."
+        ) from None
 
 
 def _text(row: dict[str, Any], key: str, where: str, default: str | None = None) -> str:
@@ -178,8 +200,13 @@ def _text(row: dict[str, Any], key: str, where: str, default: str | None = None)
         value = str(value)
     if value is None and default is not None:
         value = default
-    if not isinstance(value, str) or (key in ("_id", "query-id") and (not value or any(c in value for c in "\t\r\n "))):
-        raise InputError(f"{where}: {key!r} must be a text{' without spaces' if 'id' in key else ''}, got {value!r}. Correct the line.")
+    if not isinstance(value, str) or (
+        key in ("_id", "query-id") and (not value or any(c in value for c in "\t\r\n "))
+    ):
+        raise InputError(
+            f"{where}: {key!r} must be a text{' without spaces' if 'id' in key else ''}, got {value!r}. "
+            "Correct the line."
+        )
     return value
 
 
@@ -197,7 +224,9 @@ def _judgements(source: str | Path, split: str) -> Iterator[tuple[str, str, str,
     for where, row in _hub_rows(str(source), "qrels", split):
         query, document = row.get("query-id"), row.get("corpus-id")
         if query is None or document is None:
-            raise InputError(f"{where}: judgements need the columns query-id, corpus-id, score; got {sorted(row)}.")
+            raise InputError(
+                f"{where}: judgements need the columns query-id, corpus-id, score; got {sorted(row)}."
+            )
         yield where, str(query), str(document), int(row.get("score", 1))
 
 
@@ -205,7 +234,9 @@ def _tsv_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str, i
     path = folder / "qrels" / f"{split}.tsv"
     if not path.is_file():
         present = sorted(p.stem for p in (folder / "qrels").glob("*.tsv"))
-        raise InputError(f"{folder} has no qrels/{split}.tsv. Choose a split: {', '.join(present) or 'there is none'}.")
+        raise InputError(
+            f"{folder} has no qrels/{split}.tsv. Choose a split: {', '.join(present) or 'there is none'}."
+        )
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             fields = line.rstrip("\r\n").split("\t")
@@ -213,7 +244,8 @@ def _tsv_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str, i
                 continue
             if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
                 raise InputError(
-                    f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>score, got {line.rstrip()!r}. Correct the line."
+                    f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>score, got {line.rstrip()!r}. "
+                    "Correct the line."
                 )
             yield f"{path}:{number}", fields[0], fields[1], int(fields[2])
 
@@ -221,7 +253,9 @@ def _tsv_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str, i
 def _is_datasets_folder(folder: Path) -> bool:
     """Whether a local folder is a Hub-style data set (README.md with `configs:`) instead of the BEIR layout."""
     card = folder / "README.md"
-    return _find(folder, "corpus") is None and card.is_file() and "configs:" in card.read_text(encoding="utf-8")
+    return (
+        _find(folder, "corpus") is None and card.is_file() and "configs:" in card.read_text(encoding="utf-8")
+    )
 
 
 def _hub_rows(name: str, table: str, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -242,13 +276,14 @@ def _hub_rows(name: str, table: str, split: str | None) -> Iterator[tuple[str, d
     reasons = []
     for repository, config in candidates:
         try:
-            rows = datasets.load_dataset(repository, config, streaming=True)
-            part = rows[split or (table if table in rows else next(iter(rows)))]
-            for number, row in enumerate(part, start=1):
-                yield f"{repository}[{config}]:{number}", dict(row)
-            return
-        except (OSError, ValueError, KeyError, ConnectionError) as error:
+            tables = datasets.load_dataset(repository, config, streaming=True)
+            rows = tables[split or (table if table in tables else next(iter(tables)))]
+        except (OSError, ValueError, KeyError) as error:
             reasons.append(f"{repository}[{config}]: {' '.join(str(error).split())[:120]}")
+            continue
+        for number, row in enumerate(rows, start=1):
+            yield f"{repository}[{config}]:{number}", dict(row)
+        return
     raise InputError(
         f"{name!r} is neither a folder here nor a readable Hub data set with the table {table!r} "
         f"({'; '.join(reasons)}). Check the path or name."

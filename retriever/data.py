@@ -123,7 +123,9 @@ class Collator:
         """
         counts = {len(pair.negatives) for pair in pairs}
         if len(counts) > 1:
-            raise ValueError(f"every pair of a batch must have the same number of negatives, got {sorted(counts)}.")
+            raise ValueError(
+                f"every pair of a batch must have the same number of negatives, got {sorted(counts)}."
+            )
         documents = [document for pair in pairs for document in (pair.positive, *pair.negatives)]
         relevant = [[document_key(i) for i in (pair.relevant_ids or (pair.positive.id,))] for pair in pairs]
         width = max(map(len, relevant))

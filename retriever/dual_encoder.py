@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["DualEncoder", "DualEncoderConfig", "Embeddings", "load_head", "save_head"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DualEncoderConfig:
     """The towers to start from.
 
@@ -229,7 +229,9 @@ def model_fingerprint(folder: Path) -> str:
 def save_head(head: CompressionHead, folder: Path) -> None:
     """Write `config.json` and `model.safetensors` of a head."""
     folder.mkdir(parents=True)
-    write_json(folder / "config.json", {"head": head.config.name, "dim": head.dim, "config": asdict(head.config)})
+    write_json(
+        folder / "config.json", {"head": head.config.name, "dim": head.dim, "config": asdict(head.config)}
+    )
     state = {name: value.contiguous() for name, value in head.state_dict().items()}
     save_file(state, folder / "model.safetensors")
 
@@ -242,7 +244,9 @@ def load_head(folder: Path) -> CompressionHead:
     """
     stored = read_json(folder / "config.json")
     if stored["head"] not in HEADS:
-        raise InputError(f"{folder} holds a head {stored['head']!r}; this Endex knows {', '.join(HEADS)}. Upgrade it.")
+        raise InputError(
+            f"{folder} holds a head {stored['head']!r}; this Endex knows {', '.join(HEADS)}. Upgrade it."
+        )
     head = HEADS[stored["head"]](**stored["config"]).build(stored["dim"])
     head.load_state_dict(load_file(folder / "model.safetensors"))
     return head

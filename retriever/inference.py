@@ -79,7 +79,9 @@ def _embed(
         with precision_context(precision, device):
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                tokens = {name: value.to(device) for name, value in tokenize([items[row] for row in rows]).items()}
+                tokens = {
+                    name: value.to(device) for name, value in tokenize([items[row] for row in rows]).items()
+                }
                 vectors[rows] = encode(tokens).float().cpu()
     finally:
         model.train(training)

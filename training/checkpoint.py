@@ -86,7 +86,9 @@ def load_checkpoint(
     shared = set(model.state_dict()) - set(_unshared(model.state_dict()))
     if unexpected or set(missing) - shared:
         wrong = [*unexpected, *(set(missing) - shared)][0]
-        raise InputError(f"{path} is of another model: it differs in {wrong!r}. Resume with the experiment that wrote it.")
+        raise InputError(
+            f"{path} is of another model: it differs in {wrong!r}. Resume with the experiment that wrote it."
+        )
     tensors = load_file(path / "optimizer.safetensors")
     optimizer.load_state_dict(_join_optimizer(tensors, optimizer_scalars))
     return Progress(**stored), scaler
@@ -110,11 +112,14 @@ def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _split_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Return the tensors of an optimizer state by `parameter.name`, and the rest, which JSON can hold."""
-    tensors, scalars = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
     for parameter, values in state["state"].items():
         for name, value in values.items():
-            target = tensors if isinstance(value, torch.Tensor) else scalars
-            target[f"{parameter}.{name}"] = value
+            if isinstance(value, torch.Tensor):
+                tensors[f"{parameter}.{name}"] = value
+            else:
+                scalars[f"{parameter}.{name}"] = value
     return tensors, {"state": scalars, "param_groups": state["param_groups"]}
 
 

@@ -51,7 +51,7 @@ class _AllGather(torch.autograd.Function):
         return _gather(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         total = gradient.contiguous()
         if dist.get_backend() == "nccl":
             own = total.new_empty((ctx.rows, *total.shape[1:]))

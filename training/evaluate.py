@@ -40,7 +40,13 @@ __all__ = [
     "select_evaluation",
 ]
 
-MEASURES = {"ndcg@10": "nDCG@10", "mrr@10": "RR@10", "recall@1": "R@1", "recall@10": "R@10", "recall@100": "R@100"}
+MEASURES = {
+    "ndcg@10": "nDCG@10",
+    "mrr@10": "RR@10",
+    "recall@1": "R@1",
+    "recall@10": "R@10",
+    "recall@100": "R@100",
+}
 DEPTH = 100  # results a query that the measures look at
 Run = dict[str, dict[str, float]]
 """Query id -> document id -> score."""
@@ -94,7 +100,9 @@ def evaluate_model(
     documents, ids = list(data.documents.values()), list(data.documents)
     device = next(model.parameters()).device
     x = _in_shares(
-        documents, lambda part: embed_documents(model, part, batch_size=batch_size, precision=precision), device
+        documents,
+        lambda part: embed_documents(model, part, batch_size=batch_size, precision=precision),
+        device,
     )
     names = list(data.qrels)
     texts = [data.queries[name] for name in names]
@@ -109,7 +117,9 @@ def evaluate_model(
     metrics = {}
     for kind, vectors in results.items():
         scores, rows = search_exhaustively(q, vectors, DEPTH)
-        found = measure(data.qrels, _run(names, scores.tolist(), [[ids[row] for row in r] for r in rows.tolist()]))
+        found = measure(
+            data.qrels, _run(names, scores.tolist(), [[ids[row] for row in r] for r in rows.tolist()])
+        )
         metrics.update({f"{kind}/{name}": value for name, value in found.items()})
     return metrics
 

@@ -36,7 +36,7 @@ def _require(condition: bool, field_name: str, value: object, rule: str) -> None
         raise InputError(f"{field_name} must be {rule}, got {value!r}.")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training and evaluation texts.
 
@@ -59,12 +59,14 @@ class DataConfig:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.negatives_per_query >= 0, "data.negatives_per_query", self.negatives_per_query, "0 or more")
+        _require(
+            self.negatives_per_query >= 0, "data.negatives_per_query", self.negatives_per_query, "0 or more"
+        )
         _require(self.max_pairs is None or self.max_pairs > 0, "data.max_pairs", self.max_pairs, "positive")
         _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
     """Steps, batches, learning rates, arithmetic.
 
@@ -83,7 +85,6 @@ class OptimizationConfig:
         dense_warmup: Share of the steps before the head's warm start, in which the towers train uncompressed.
         warm_start_documents: Documents whose current vectors give the head its starting values.
         warm_start_from: Which documents those are: any of the "corpus" (unlabelled), or only those of training "pairs".
-        restart_every: Steps after which codewords that no document used are restarted; 0 never.
         bucket_batches: Batches sorted together by length; 1 leaves batches random.
     """
 
@@ -101,30 +102,44 @@ class OptimizationConfig:
     dense_warmup: float = 0.3
     warm_start_documents: int = 65_536
     warm_start_from: Literal["corpus", "pairs"] = "corpus"
-    restart_every: int = 100
     bucket_batches: int = 16
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulation", "bucket_batches", "warm_start_documents"):
             _require(getattr(self, name) >= 1, f"optimization.{name}", getattr(self, name), "at least 1")
         for name in ("lr", "head_lr", "max_grad_norm", "epochs"):
-            _require(0 < getattr(self, name) < float("inf"), f"optimization.{name}", getattr(self, name), "positive")
+            _require(
+                0 < getattr(self, name) < float("inf"),
+                f"optimization.{name}",
+                getattr(self, name),
+                "positive",
+            )
         for name in ("warmup", "dense_warmup"):
-            _require(0 <= getattr(self, name) <= 1, f"optimization.{name}", getattr(self, name), "between 0 and 1")
+            _require(
+                0 <= getattr(self, name) <= 1, f"optimization.{name}", getattr(self, name), "between 0 and 1"
+            )
         _require(self.weight_decay >= 0, "optimization.weight_decay", self.weight_decay, "0 or more")
-        _require(self.restart_every >= 0, "optimization.restart_every", self.restart_every, "0 or more")
         _require(self.steps is None or self.steps >= 1, "optimization.steps", self.steps, "at least 1")
-        _require(self.schedule in get_args(Schedule), "optimization.schedule", self.schedule, f"one of {get_args(Schedule)}")
         _require(
-            self.precision in get_args(Precision), "optimization.precision", self.precision, f"one of {get_args(Precision)}"
+            self.schedule in get_args(Schedule),
+            "optimization.schedule",
+            self.schedule,
+            f"one of {get_args(Schedule)}",
+        )
+        _require(
+            self.precision in get_args(Precision),
+            "optimization.precision",
+            self.precision,
+            f"one of {get_args(Precision)}",
         )
         if self.batch_size % self.accumulation:
             raise InputError(
-                f"optimization.batch_size must be a multiple of accumulation, got {self.batch_size} and {self.accumulation}."
+                f"optimization.batch_size must be a multiple of accumulation, got {self.batch_size} and "
+                f"{self.accumulation}."
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """Evaluation while training, dense and through the codes.
 
@@ -153,7 +168,7 @@ class EvaluationConfig:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """Checkpoints for resuming.
 
@@ -170,7 +185,7 @@ class CheckpointConfig:
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least 1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Where metrics go beside metrics.jsonl.
 
@@ -192,7 +207,7 @@ class TrackingConfig:
         _require(self.every >= 1, "tracking.every", self.every, "at least 1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that determines a trained model.
 
@@ -268,7 +283,7 @@ def parse_experiment(arguments: list[str]) -> Experiment:
 
 def dump_experiment(experiment: Experiment) -> str:
     """Return the YAML text from which `load_experiment` makes an equal experiment."""
-    return yaml.safe_dump(_plain(experiment), sort_keys=False, allow_unicode=True)
+    return str(yaml.safe_dump(_plain(experiment), sort_keys=False, allow_unicode=True))
 
 
 def _plain(value: Any) -> Any:

@@ -57,7 +57,9 @@ class PairDataset(torch.utils.data.Dataset[TextPair]):
         query, positive = self.rows[row]
         judged = self.data.qrels[query]
         relevant = tuple(document for document, score in judged.items() if score > 0)
-        negatives = self._negatives(query, set(relevant), random.Random(seed)) if self.negatives_per_query else []
+        negatives = (
+            self._negatives(query, set(relevant), random.Random(seed)) if self.negatives_per_query else []
+        )
         return TextPair(
             query=self.data.queries[query],
             positive=self.data.documents[positive],

@@ -61,7 +61,9 @@ class Trainer:
         progress: Show a bar on the main process.
     """
 
-    def __init__(self, experiment: Experiment, *, fit: QuantizerFit | None = None, progress: bool = True) -> None:
+    def __init__(
+        self, experiment: Experiment, *, fit: QuantizerFit | None = None, progress: bool = True
+    ) -> None:
         self.experiment = experiment
         self.quantizer_fit = fit or FaissFit()
         self.show_progress = progress
@@ -115,7 +117,9 @@ class Trainer:
             mixed_precision=PRECISIONS[optimization.precision],
             log_with=experiment.tracking.trackers or None,
             project_dir=str(self.folder),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+            ],
         )
         self.processes = self.accelerator.num_processes
         self._check_batch(optimization)
@@ -128,7 +132,9 @@ class Trainer:
             seed=experiment.seed,
             bucket_batches=optimization.bucket_batches,
         )
-        self.steps = optimization.steps or max(1, math.ceil(optimization.epochs * self.plan.batches_per_epoch))
+        self.steps = optimization.steps or max(
+            1, math.ceil(optimization.epochs * self.plan.batches_per_epoch)
+        )
         self.evaluation = self._read_evaluation()
         torch.manual_seed(experiment.seed)
         self.model = experiment.model.build(experiment.head)
@@ -159,7 +165,8 @@ class Trainer:
         optimization = self.experiment.optimization
         size = optimization.batch_size // (optimization.accumulation * self.processes)
         offsets = [
-            (a * self.processes + self.accelerator.process_index) * size for a in range(optimization.accumulation)
+            (a * self.processes + self.accelerator.process_index) * size
+            for a in range(optimization.accumulation)
         ]
         plan = self.plan.steps(self.progress.step, self.steps, slice(None))
         loader = DataLoader(
@@ -231,24 +238,27 @@ class Trainer:
         return norms
 
     def _care_for_codebooks(self, step: int, seen: ScoredBatch) -> dict[str, float]:
-        """Measure the codebooks' use and distortion; restart dead codewords when due."""
-        head, every = self.model.head, self.experiment.optimization.restart_every
+        """Measure the codebooks' use and distortion; restart dead codewords."""
+        head = self.model.head
         error = (seen.documents - seen.reconstruction).detach().square().sum(1).mean().item()
         row = {"head/distortion": error, **{f"head/{k}": v for k, v in head.usage_statistics().items()}}
-        if every and (step + 1 - self.head_start) % every == 0:
-            generator = torch.Generator().manual_seed(self._seed(step))
-            restarted = head.restart_dead_codes(all_gather(seen.documents.detach()), generator)
-            for parameter, mask in restarted.items():
-                for value in self.optimizer.state[parameter].values():
-                    if value.shape == parameter.shape:
-                        value[mask] = 0  # the optimizer forgets the old codeword
+        generator = torch.Generator().manual_seed(self._seed(step, rank=0))
+        restarted = head.restart_dead_codes(all_gather(seen.documents.detach()), generator)
+        for parameter, mask in restarted.items():
+            for value in self.optimizer.state[parameter].values():
+                if value.shape == parameter.shape:
+                    value[mask] = 0  # the optimizer forgets the old codeword
         return row
 
     def _warm_start(self) -> None:
         """Give the head its starting values from the current vectors of a sample of documents."""
         optimization = self.experiment.optimization
-        ids = sorted(self.data.documents if optimization.warm_start_from == "corpus" else self._training_documents())
-        chosen = torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.experiment.seed)).tolist()
+        ids = sorted(
+            self.data.documents if optimization.warm_start_from == "corpus" else self._training_documents()
+        )
+        chosen = torch.randperm(
+            len(ids), generator=torch.Generator().manual_seed(self.experiment.seed)
+        ).tolist()
         documents = [self.data.documents[ids[row]] for row in chosen[: optimization.warm_start_documents]]
         head = self.model.head
         if self.accelerator.is_main_process:
@@ -265,7 +275,9 @@ class Trainer:
         """Evaluate the current model, and save it if it is the best so far."""
         optimization, config = self.experiment.optimization, self.experiment.evaluation
         self.metrics = evaluate_model(self.model, self.evaluation, precision=optimization.precision)
-        name = config.metric if config.metric in self.metrics else config.metric.replace("compressed", "dense")
+        name = (
+            config.metric if config.metric in self.metrics else config.metric.replace("compressed", "dense")
+        )
         value, progress = self.metrics[name], self.progress
         if self.progress.step >= min(self.head_start, self.steps):  # an untrained head must not win
             if progress.best_metric is None or value > progress.best_metric:
@@ -352,7 +364,7 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         """Whether something that happens each `every` steps, and at the end, happens after this step."""
-        return self.progress.step == self.steps or bool(every) and self.progress.step % every == 0
+        return self.progress.step == self.steps or (bool(every) and self.progress.step % every == 0)
 
     def _collect(self, row: dict[str, float]) -> dict[str, float]:
         """Add the speed since the last row."""
@@ -361,8 +373,10 @@ class Trainer:
         self._started, self._pairs = now, 0
         return {**row, "perf/pairs_per_second": speed}
 
-    def _seed(self, step: int) -> int:
-        text = f"{self.experiment.seed}/{step}/{self.accelerator.process_index}"
+    def _seed(self, step: int, rank: int | None = None) -> int:
+        """Return the seed of a step, of this process unless another rank is given."""
+        rank = self.accelerator.process_index if rank is None else rank
+        text = f"{self.experiment.seed}/{step}/{rank}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
 
 
@@ -391,4 +405,3 @@ def schedule(step: int, steps: int, config: OptimizationConfig) -> float:
     share = (step - rise) / max(1.0, steps - rise)  # of the fall, 0 to 1
     falls = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
     return falls[config.schedule]
-

@@ -63,7 +63,9 @@ class IVFPQBuilder(IndexBuilder):
         built.add_sa_codes(prefix_lists(np.arange(len(codes)) % self.nlist, codes, self.nlist))
         if not inner_product:
             built.precompute_table()
-        assert built.metric_type == metric, "FAISS pull request 4527: the constructor must not change the metric"
+        assert built.metric_type == metric, (
+            "FAISS pull request 4527: the constructor must not change the metric"
+        )
         assert built.quantizer.ntotal == built.nlist, "FAISS does not check this itself"
         return with_rotation(built, None if export.rotation is None else export.rotation.numpy())
 
@@ -71,7 +73,7 @@ class IVFPQBuilder(IndexBuilder):
 def prefix_lists(
     lists: NDArray[np.int64], codes: UInt8[NDArray[np.uint8], "n size"], nlist: int
 ) -> UInt8[NDArray[np.uint8], "n total"]:
-    """Return rows as `IndexIVF.add_sa_codes` takes them: list number, little-endian in as few bytes as hold nlist - 1."""
+    """Return rows as `IndexIVF.add_sa_codes` takes them: list number (little-endian, bytes of nlist - 1), code."""
     width = ((nlist - 1).bit_length() + 7) // 8
     prefix = lists.astype("<u8").view(np.uint8).reshape(len(codes), 8)[:, :width]
     return np.ascontiguousarray(np.hstack([prefix, codes]))

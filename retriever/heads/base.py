@@ -32,7 +32,7 @@ __all__ = [
 Metric = Literal["inner_product", "l2"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadConfig(ABC):
     """Base of the heads' configurations; choose one by `class_path`."""
 
@@ -66,8 +66,8 @@ class HeadOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FaissExport(ABC):
-    """Arrays from which an index is built; no FAISS object. `metric` is the score contract."""
+class FaissExport:
+    """Base of the exports. Arrays from which an index is built; no FAISS object. `metric` is the score contract."""
 
     metric: Metric = "inner_product"
 
@@ -160,7 +160,7 @@ class CompressionHead(nn.Module, ABC):
     def restart_dead_codes(
         self, x: Float[Tensor, "N D"], generator: torch.Generator
     ) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
-        """Replace codewords unused in the current window by vectors from `x`, and start a new window.
+        """Once the current window is full, replace codewords it left unused by vectors from `x`; start a new one.
 
         Returns:
             For each changed parameter the mask of its restarted rows, so that an optimizer can forget them.
@@ -182,7 +182,9 @@ def pack_codes(codes: Int[Tensor, "N M"], code_bits: int) -> NDArray[np.uint8]:
     return np.packbits(bits.astype(np.uint8).reshape(len(values), -1), axis=1, bitorder="little")
 
 
-def unpack_codes(packed: UInt8[NDArray[np.uint8], "N size"], num_codes: int, code_bits: int) -> Int[Tensor, "N M"]:
+def unpack_codes(
+    packed: UInt8[NDArray[np.uint8], "N size"], num_codes: int, code_bits: int
+) -> Int[Tensor, "N M"]:
     """Invert `pack_codes`."""
     packed = np.ascontiguousarray(packed)
     if code_bits == 8:

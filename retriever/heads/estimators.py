@@ -18,7 +18,14 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["ESTIMATORS", "Estimate", "Estimator", "codeword_estimator", "identity_estimator", "softmax_estimator"]
+__all__ = [
+    "ESTIMATORS",
+    "Estimate",
+    "Estimator",
+    "codeword_estimator",
+    "identity_estimator",
+    "softmax_estimator",
+]
 
 
 @dataclass(frozen=True, slots=True)

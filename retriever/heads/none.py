@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["NoCompression", "NoCompressionConfig"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class NoCompressionConfig(HeadConfig):
     """Leave the vectors as they are; there is nothing to set."""
 

@@ -26,7 +26,7 @@ Rotation = Literal["none", "opq"]
 EstimatorName = Literal["identity", "codeword", "softmax"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ProductQuantizerConfig(HeadConfig):
     """Size and training of a `ProductQuantizer`.
 
@@ -40,6 +40,7 @@ class ProductQuantizerConfig(HeadConfig):
         selection_temperature: Divides the squared distances in the selection softmax; 1 as MoPQ released.
         distortion_weight: Weight of mean ||T(x) - sg(x)||^2, which moves the codebooks (Poeem).
         commitment_weight: Weight of mean ||x - sg(T(x))||^2, which moves the towers (VQ-VAE, arXiv:1711.00937).
+        restart_window: Training documents a codeword, on average, after which unused codewords are restarted.
     """
 
     name: ClassVar[str] = "pq"
@@ -51,6 +52,7 @@ class ProductQuantizerConfig(HeadConfig):
     selection_temperature: float = 1.0
     distortion_weight: float = 0.0
     commitment_weight: float = 0.0
+    restart_window: float = 20.0
 
     def __post_init__(self) -> None:
         if self.num_codebooks < 1:
@@ -58,13 +60,15 @@ class ProductQuantizerConfig(HeadConfig):
         if not 1 <= self.codebook_bits <= 16:
             raise InputError(f"codebook_bits must be between 1 and 16, got {self.codebook_bits}.")
         if self.rotation not in get_args(Rotation):
-            raise InputError(f"rotation must be one of {', '.join(get_args(Rotation))}, got {self.rotation!r}.")
+            raise InputError(
+                f"rotation must be one of {', '.join(get_args(Rotation))}, got {self.rotation!r}."
+            )
         if self.estimator not in ESTIMATORS:
             raise InputError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}.")
         if self.selection_temperature <= 0:
             raise InputError(f"selection_temperature must be positive, got {self.selection_temperature}.")
-        for name in ("distortion_weight", "commitment_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
+        for name in ("distortion_weight", "commitment_weight", "restart_window"):
+            if not 0 <= getattr(self, name) <= float("inf"):
                 raise InputError(f"{name} must be zero or more, got {getattr(self, name)}.")
 
     def check(self, dim: int) -> None:
@@ -120,7 +124,9 @@ class ProductQuantizer(CompressionHead):
             z = self._split(x.float())
             distances = self._distances(z)
             codes = distances.argmin(-1)
-            estimate = self._estimator(z, self.codebooks, -distances / self._config.selection_temperature, codes)
+            estimate = self._estimator(
+                z, self.codebooks, -distances / self._config.selection_temperature, codes
+            )
             reconstruction = estimate.codewords.flatten(1) @ self.rotation
             losses = self._auxiliary_losses(z, select(self.codebooks, codes))
         return HeadOutput(
@@ -186,7 +192,12 @@ class ProductQuantizer(CompressionHead):
         self.usage.scatter_add_(1, codes.T, ones)
 
     def usage_statistics(self) -> dict[str, float]:
-        """Return perplexity (exp of the entropy of use, 1 to K) and the share of codewords unused in the window."""
+        """Return perplexity (exp of the entropy of use, 1 to K) and the share of codewords unused in the window.
+
+        Empty while the window holds fewer documents than a codebook has codewords.
+        """
+        if int(self.usage[0].sum()) < self.usage.shape[1]:
+            return {}
         share = self.usage.double() / self.usage.sum(1, keepdim=True).clamp(min=1)
         entropy = -(share * share.clamp(min=1e-12).log()).sum(1)  # (M,)
         dead = (self.usage == 0).double().mean()
@@ -196,7 +207,9 @@ class ProductQuantizer(CompressionHead):
     def restart_dead_codes(
         self, x: Float[Tensor, "N D"], generator: torch.Generator
     ) -> dict[nn.Parameter, Bool[Tensor, "M K"]]:
-        """Put a random sub-vector of `x` in the place of every codeword that the window did not use."""
+        """Once the window is full, put a random sub-vector of `x` in the place of every codeword it did not use."""
+        if int(self.usage[0].sum()) < self._config.restart_window * self.usage.shape[1]:
+            return {}
         z = self._split(x.float()).transpose(0, 1)  # (M, N, S)
         dead = self.usage == 0
         rows = torch.randint(len(x), dead.shape, generator=generator).to(x.device)  # (M, K)
@@ -206,7 +219,7 @@ class ProductQuantizer(CompressionHead):
         return {self.codebooks: dead} if bool(dead.any()) else {}
 
     def _split(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N M S"]:
-        return (x @ self.rotation.T).unflatten(-1, (self.num_codes, -1))
+        return (x @ self.rotation.T).view(len(x), self.num_codes, -1)
 
     def _distances(self, z: Float[Tensor, "N M S"]) -> Float[Tensor, "N M K"]:
         """Squared L2 distance of every sub-vector to every codeword."""

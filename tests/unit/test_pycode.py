@@ -123,6 +123,27 @@ def test_files_created_in_another_order_and_place_give_equal_bytes(built: Path, 
     assert read_bytes(tmp_path / "again") == read_bytes(built)
 
 
+def test_another_file_system_order_gives_equal_bytes_when_reading_stops_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extra = {f"package_{place}/more.py": make_module(range(500 + place, 650, 12)) for place in range(12)}
+    root = write_root(tmp_path / "root", (make_modules() | extra).items())
+    build_pycode(tmp_path / "out", roots=[root], max_documents=MIN_DOCUMENTS)
+    found = sorted(root.rglob("*.py"), reverse=True)
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter(found))
+    build_pycode(tmp_path / "again", roots=[root], max_documents=MIN_DOCUMENTS)
+    monkeypatch.undo()
+    assert read_bytes(tmp_path / "again") == read_bytes(tmp_path / "out")
+
+
+def test_gzip_headers_hold_no_time(built: Path) -> None:
+    headers = {path.name: path.read_bytes()[:8] for path in built.glob("*.gz")}
+    assert {name: header[4:] for name, header in headers.items()} == {
+        "corpus.jsonl.gz": bytes(4),
+        "queries.jsonl.gz": bytes(4),
+    }
+
+
 def test_another_hash_seed_gives_equal_bytes(built: Path, tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; from launch.pycode import build_pycode\n"
     code += "build_pycode(Path(sys.argv[1]), roots=[Path(sys.argv[2])])"
@@ -185,7 +206,7 @@ def test_class_document_is_its_one_line_fields_and_signatures(tmp_path: Path) ->
 
 
 def test_stub_is_no_document(tmp_path: Path) -> None:
-    stub = 'def stub(a):\n    """Combine the weights of every kind."""\n    raise NotImplementedError("a" * 100)\n'
+    stub = 'def stub(a):\n    """Combine all of the weights."""\n    raise NotImplementedError("a" * 100)\n'
     assert "package_0.stub.stub" not in build_with(tmp_path, {"package_0/stub.py": stub})
 
 

@@ -53,7 +53,7 @@ class RetrievalLoss(nn.Module, ABC):
         """Return the weighted parts by name; their sum is the loss. Each is a mean over this device's queries."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LossConfig(ABC):
     """Base of the losses' configurations; choose one by `class_path`."""
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Contrastive", "ContrastiveConfig", "cross_entropy"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ContrastiveConfig(LossConfig):
     """Settings of `Contrastive`.
 

@@ -19,7 +19,7 @@ from training.losses.contrastive import cross_entropy
 __all__ = ["MCL", "MCLConfig"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MCLConfig(LossConfig):
     """Settings of `MCL`. The defaults are the released code's form but for the temperature (released: 1).
 
@@ -74,7 +74,9 @@ class MCL(RetrievalLoss):
     def forward(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """Return the parts compressed, dense, assignment and reconstruction, as far as their weight is not 0."""
         config = self.config
-        parts = {"compressed": cross_entropy(batch.compressed, batch.labels, batch.ignore, config.temperature)}
+        parts = {
+            "compressed": cross_entropy(batch.compressed, batch.labels, batch.ignore, config.temperature)
+        }
         if config.dense_weight:
             dense = cross_entropy(batch.dense, batch.labels, batch.ignore, config.temperature)
             parts["dense"] = config.dense_weight * dense

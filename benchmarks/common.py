@@ -1,0 +1,85 @@
+"""What every benchmark shares: options, machine, result file, table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from launch.env import describe
+from retriever.folder import write_json
+
+__all__ = ["benchmark_parser", "print_table", "write_result"]
+
+
+def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark: --json, --quick, --seed."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="write machine, versions, options and rows here")
+    parser.add_argument("--quick", action="store_true", help="a run of under a minute, to see that it works")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    return parser
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
+    """Print rows of equal keys as a table."""
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for name in rows[0]:
+        table.add_column(
+            str(name), justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True
+        )
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    Console(width=max(120, Console().width)).print(table)
+
+
+def write_result(
+    path: Path | None, options: argparse.Namespace, rows: Sequence[Mapping[str, Any]], **more: Any
+) -> None:
+    """Write a result file, if a path is given."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    result = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": {**describe(), "processor": _processor(), "torch_threads": torch.get_num_threads()},
+        "options": plain,
+        **more,
+        "rows": list(rows),
+    }
+    write_json(path, json.loads(json.dumps(result, default=float)))
+    print(f"wrote {path}")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def seconds_since(start: float) -> float:
+    """Return wall-clock seconds since a `time.perf_counter()`."""
+    return time.perf_counter() - start

@@ -1,0 +1,175 @@
+"""The whole path on real text: train, export, search, beside the usual way.
+
+Systems, on the same held-out queries, the same training pairs, steps and seed:
+
+  dense, before training   the pretrained encoder, float32 vectors, IndexFlatIP
+  dense, fine-tuned        the same after contrastive training
+  fine-tuned + FAISS OPQ   the usual way: OPQ + PQ trained by FAISS on all of those vectors, then added
+  Endex                    towers and product quantizer trained together, codes copied into FAISS
+
+`index seconds` is what turns vectors or codes into a searchable index: FAISS train + add, or, for Endex, copying.
+Both quantizers may see all documents without labels (FAISS trains on them; Endex takes its warm start from them).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import benchmark_parser, print_table, seconds_since, write_result
+
+from index import IndexConfig, Searcher, export_index
+from index._faiss import load_faiss
+from launch.pycode import build_pycode
+from retriever import DualEncoder, InputError, RetrievalData, embed_documents, embed_queries, read_data
+from retriever.folder import write_json
+from retriever.heads import NoCompressionConfig, ProductQuantizerConfig
+from training import Experiment, Trainer, evaluate_index, load_experiment, measure
+from training.losses import ContrastiveConfig
+
+COLUMNS = ("ndcg@10", "mrr@10", "recall@100")
+
+
+def main() -> None:
+    parser = benchmark_parser(__doc__)
+    parser.add_argument(
+        "--config", type=Path, default=Path("configs/pycode.yaml"), help="recipe of the Endex system"
+    )
+    parser.add_argument(
+        "--data", type=Path, help="BEIR folder; by default pairs made from the installed packages"
+    )
+    parser.add_argument("--documents", type=int, default=8_000, help="documents of the pairs that are made")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run")
+    parser.add_argument("--split", default="test", help="judged queries that are compared")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    if options.out.exists():
+        if not (options.out / "demo").is_file() and any(options.out.iterdir()):
+            raise SystemExit(f"{options.out} exists and was not made by this command. Choose another --out.")
+        shutil.rmtree(options.out)
+    options.out.mkdir(parents=True)
+    (options.out / "demo").write_text("made by benchmarks/demo.py, which replaces this folder\n")
+    source = options.data or make_pairs(options.out / "data", 2_000 if options.quick else options.documents)
+    experiment = load_experiment(options.config)
+    experiment = replace(experiment, data=replace(experiment.data, source=str(source)), seed=options.seed)
+    if options.quick:
+        experiment = replace(experiment, optimization=replace(experiment.optimization, steps=12))
+    data = read_data(source, options.split)
+    rows = run_systems(experiment, data, options.out)
+    title = f"{len(data.qrels):,} held-out queries, {len(data.documents):,} documents, seed {options.seed}"
+    print_table(title, [{name: value for name, value in row.items()} for row in rows])
+    show_hits(Searcher(options.out / "index"), data)
+    write_json(options.out / "results.json", rows)  # type: ignore[arg-type]
+    write_result(options.json, options, rows, seconds=seconds_since(started), data=title)
+    print(
+        f"\nall of it took {seconds_since(started) / 60:.1f} minutes; the table is in {options.out / 'results.json'}"
+    )
+
+
+def make_pairs(folder: Path, documents: int) -> Path:
+    """Build docstring -> code pairs from the installed packages."""
+    print(f"making pairs from the installed Python packages: {build_pycode(folder, max_documents=documents)}")
+    return folder
+
+
+def run_systems(experiment: Experiment, data: RetrievalData, out: Path) -> list[dict[str, Any]]:
+    """Train and measure the four systems."""
+    precision = experiment.optimization.precision
+    dense = replace(
+        experiment, head=NoCompressionConfig(), loss=ContrastiveConfig(), output=str(out / "dense")
+    )
+    print("1/4 dense, before training", flush=True)
+    before = dense.model.build(dense.head)
+    rows = [dense_row("dense, before training", *vectors(before, data, precision), data)]
+    print("2/4 dense, fine-tuned", flush=True)
+    trained = DualEncoder.load(Trainer(dense).fit().last)
+    x, q = vectors(trained, data, precision)
+    rows.append(dense_row("dense, fine-tuned", x, q, data))
+    head = experiment.head
+    if not isinstance(head, ProductQuantizerConfig):
+        raise InputError("this benchmark compares product quantizers: the recipe's head must be pq.")
+    print("3/4 the usual way: FAISS OPQ on those vectors", flush=True)
+    rows.append(post_hoc_row(x, q, data, head))
+    print("4/4 Endex: towers and quantizer together, then export", flush=True)
+    report = Trainer(replace(experiment, output=str(out / "endex"))).fit()
+    exported = export_index(
+        report.last, data.documents.values(), out / "index", config=IndexConfig(), precision=precision
+    )
+    metrics, _ = evaluate_index(Searcher(out / "index"), data, precision=precision)
+    rows.append(row("Endex", exported.code_size, metrics, exported.build_seconds))
+    return rows
+
+
+def vectors(model: DualEncoder, data: RetrievalData, precision: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the vectors of all documents and of the judged queries."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device)
+    documents = embed_documents(model, list(data.documents.values()), precision=precision)
+    return documents, embed_queries(model, [data.queries[name] for name in data.qrels], precision=precision)
+
+
+def dense_row(system: str, x: torch.Tensor, q: torch.Tensor, data: RetrievalData) -> dict[str, Any]:
+    """Measure exact search."""
+    start = time.perf_counter()
+    flat = load_faiss().IndexFlatIP(x.shape[1])
+    flat.add(x.numpy())
+    seconds = seconds_since(start)
+    return row(system, 4 * x.shape[1], search(flat, q, data), seconds)
+
+
+def post_hoc_row(
+    x: torch.Tensor, q: torch.Tensor, data: RetrievalData, head: ProductQuantizerConfig
+) -> dict[str, Any]:
+    """Measure FAISS's own OPQ + PQ of the same size, trained on the vectors that are then indexed."""
+    books, bits = head.num_codebooks, head.codebook_bits
+    name = f"OPQ{books},PQ{books}x{bits}"
+    faiss = load_faiss()
+    usual = faiss.index_factory(x.shape[1], name, faiss.METRIC_INNER_PRODUCT)
+    start = time.perf_counter()
+    usual.train(x.numpy())
+    usual.add(x.numpy())
+    return row(
+        f"fine-tuned + FAISS {name}", (books * bits + 7) // 8, search(usual, q, data), seconds_since(start)
+    )
+
+
+def search(built: Any, q: torch.Tensor, data: RetrievalData) -> dict[str, float]:
+    """Return the measures of a FAISS index."""
+    ids = np.array(list(data.documents), dtype=object)
+    scores, found = built.search(q.numpy(), min(100, built.ntotal))
+    results = {
+        name: dict(zip(ids[hits], map(float, values), strict=True))
+        for name, hits, values in zip(data.qrels, found, scores, strict=True)
+    }
+    return measure(data.qrels, results)
+
+
+def row(system: str, size: int, metrics: dict[str, float], seconds: float) -> dict[str, Any]:
+    """Return one line of the table."""
+    return {
+        "system": system,
+        "bytes_per_document": size,
+        **{name: round(metrics[name], 4) for name in COLUMNS},
+        "index_seconds": round(seconds, 4),
+    }
+
+
+def show_hits(searcher: Searcher, data: RetrievalData, queries: int = 3, k: int = 3) -> None:
+    """Print the first hits of some queries, the right ones marked."""
+    names = sorted(data.qrels)[:queries]
+    scores, found = searcher.search([data.queries[name] for name in names], k)
+    for name, ids, values in zip(names, found, scores, strict=True):
+        print(f"\n{data.queries[name]}")
+        for document, score in zip(ids, values, strict=True):
+            mark = "*" if data.qrels[name].get(document, 0) > 0 else " "
+            text = " ".join(f"{data.documents[document].title}  {data.documents[document].text}".split())
+            print(f"  {mark} {score:.3f}  {text[:100]}")
+
+
+if __name__ == "__main__":
+    main()
