@@ -99,14 +99,14 @@ def evaluate_model(
     """
     documents, ids = list(data.documents.values()), list(data.documents)
     device = next(model.parameters()).device
-    x = _in_shares(
+    x = embed_in_shares(
         documents,
         lambda part: embed_documents(model, part, batch_size=batch_size, precision=precision),
         device,
     )
     names = list(data.qrels)
     texts = [data.queries[name] for name in names]
-    q = _in_shares(
+    q = embed_in_shares(
         texts, lambda part: embed_queries(model, part, batch_size=batch_size, precision=precision), device
     )
     results = {"dense": x}
@@ -153,7 +153,9 @@ def _hash(identifier: str) -> bytes:
     return hashlib.sha1(identifier.encode(), usedforsecurity=False).digest()
 
 
-def _in_shares(items: Sequence[T], embed: Callable[[Sequence[T]], Tensor], device: torch.device) -> Tensor:
+def embed_in_shares(
+    items: Sequence[T], embed: Callable[[Sequence[T]], Tensor], device: torch.device
+) -> Tensor:
     """Embed this process's share of the items and join the shares of all."""
     shares = world_size()
     if shares == 1:

@@ -3,7 +3,8 @@
 Shapes: B queries a step over all devices, H given negatives a query.
 
 In-batch negatives are the other documents of the batch on every device (`training.distributed.all_gather`);
-documents known to be relevant are left out of the softmax. Given negatives come from the data folder.
+documents known to be relevant are left out of the softmax. Given negatives come from the data folder. The code
+bank makes many documents negatives at once: their codes are kept, and refreshed as the documents pass by.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from retriever import RetrievalData, TextPair
 from retriever.errors import InputError
+from retriever.heads import CompressionHead
 
-__all__ = ["BatchPlan", "PairDataset"]
+__all__ = ["BatchPlan", "CodeBank", "PairDataset"]
 
 Draw = tuple[int, int]
 """Row of a pair, and the seed of its random choice of negatives."""
@@ -135,3 +138,39 @@ class BatchPlan:
         batches = [batch for batch in batches if len(batch) == self.batch_size]
         generator.shuffle(batches)
         return [[(row, generator.getrandbits(62)) for row in batch] for batch in batches]
+
+
+class CodeBank:
+    """Codes of many documents, scored against every query as the index would score them.
+
+    A document costs its code's bytes, not a forward pass, so that a softmax over the whole corpus is affordable.
+    Reconstructions are decoded from the current codebooks: the loss's gradient reaches codebooks and queries.
+    Codes are as old as the document's last pass.
+
+    Args:
+        keys: Keys of the documents, (C,); see `retriever.data.document_key`.
+        codes: Their codes, (C, M).
+    """
+
+    def __init__(self, keys: Tensor, codes: Tensor) -> None:
+        order = keys.argsort()
+        self.keys = keys[order]
+        self.codes = codes[order]
+
+    def scores(self, queries: Tensor, head: CompressionHead) -> Tensor:
+        """Return the inner products of queries (B, D) and all reconstructions, (B, C)."""
+        return queries @ head.decode(self.codes).T
+
+    def ignore(self, relevant_keys: Tensor, batch_keys: Tensor) -> Tensor:
+        """Mark the documents relevant to each query, or in the batch already, (B, C)."""
+        mask = torch.isin(self.keys, batch_keys).repeat(len(relevant_keys), 1)
+        rows = torch.searchsorted(self.keys, relevant_keys).clamp(max=len(self.keys) - 1)  # (B, R)
+        found = self.keys[rows] == relevant_keys
+        hits = torch.zeros_like(mask, dtype=torch.int32).scatter_add(1, rows, found.int())
+        return mask | (hits > 0)
+
+    def update(self, keys: Tensor, codes: Tensor) -> None:
+        """Replace the codes of documents of the bank; others are passed over."""
+        rows = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        known = self.keys[rows] == keys
+        self.codes[rows[known]] = codes[known]

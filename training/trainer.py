@@ -23,16 +23,17 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from index import FaissFit
-from retriever import Collator, DualEncoder, InputError, RetrievalData, TokenBatch, embed_documents, read_data
-from retriever.data import other_relevant
+from retriever import Collator, InputError, RetrievalData, TokenBatch, embed_documents, read_data
+from retriever.data import document_key, other_relevant
 from retriever.heads import QuantizerFit
 from training.card import model_card
 from training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from training.distributed import all_gather
-from training.evaluate import evaluate_model, select_evaluation
+from training.evaluate import embed_in_shares, evaluate_model, select_evaluation
 from training.experiment import Experiment, OptimizationConfig, dump_experiment, load_experiment
 from training.losses import ScoredBatch
-from training.negatives import BatchPlan, PairDataset
+from training.negatives import BatchPlan, CodeBank, PairDataset
+from training.optimizer import learning_rate_factor, parameter_groups
 from training.tracking import RunLog
 
 __all__ = ["Trainer", "TrainingReport"]
@@ -70,6 +71,7 @@ class Trainer:
         self.folder = Path(experiment.output)
         self.progress = Progress()
         self.metrics: dict[str, float] = {}
+        self.bank: CodeBank | None = None
 
     def fit(self, *, resume: bool = False) -> TrainingReport:
         """Train, evaluate, and write `best/` and `last/`.
@@ -184,7 +186,7 @@ class Trainer:
         self.wrapped.train()
         row: dict[str, float] = defaultdict(float)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * schedule(step, self.steps, optimization)
+            group["lr"] = group["peak_lr"] * learning_rate_factor(step, self.steps, optimization)
         compress = step >= self.head_start
         for number, batch in enumerate(islice(rounds, optimization.accumulation)):
             last = number == optimization.accumulation - 1
@@ -212,6 +214,7 @@ class Trainer:
         labels = positives + self.accelerator.process_index * own
         documents, reconstruction = all_gather(vectors.documents), all_gather(head.reconstruction)
         keys = all_gather(batch.document_keys)
+        bank = self.bank if compress else None
         scored = ScoredBatch(
             dense=vectors.queries @ documents.T,
             compressed=vectors.queries @ reconstruction.T,
@@ -221,9 +224,14 @@ class Trainer:
             reconstruction=head.reconstruction,
             positives=positives,
             log_assignment=head.log_assignment,
+            bank=bank.scores(vectors.queries, self.model.head) if bank else None,
+            bank_ignore=bank.ignore(batch.relevant_keys, keys) if bank else None,
         )
         if compress:
-            self.model.head.count(all_gather(head.codes))
+            codes = all_gather(head.codes)
+            self.model.head.count(codes)
+            if bank:
+                bank.update(keys, codes)
         return {**self.loss(scored), **head.losses}, scored
 
     def _clip(self) -> dict[str, float]:
@@ -260,13 +268,20 @@ class Trainer:
             len(ids), generator=torch.Generator().manual_seed(self.experiment.seed)
         ).tolist()
         documents = [self.data.documents[ids[row]] for row in chosen[: optimization.warm_start_documents]]
+        vectors = embed_in_shares(
+            documents,
+            lambda part: embed_documents(self.model, part, precision=optimization.precision),
+            self.accelerator.device,
+        )
         head = self.model.head
         if self.accelerator.is_main_process:
-            vectors = embed_documents(self.model, documents, precision=optimization.precision)
             head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
         if self.processes > 1:
             for value in head.state_dict().values():
                 torch.distributed.broadcast(value, 0)
+        if optimization.code_bank:
+            keys = torch.tensor([document_key(d.id) for d in documents], device=vectors.device)
+            self.bank = CodeBank(keys, self.model.compress(vectors))
 
     def _training_documents(self) -> set[str]:
         return {document for _, document in self.dataset.rows}
@@ -321,6 +336,7 @@ class Trainer:
                 progress=self.progress,
                 experiment_yaml=dump_experiment(self.experiment),
                 scaler=scaler.state_dict() if scaler else None,
+                bank=(self.bank.keys, self.bank.codes) if self.bank else None,
                 keep=self.experiment.checkpoint.keep,
             )
         self.accelerator.wait_for_everyone()
@@ -343,7 +359,9 @@ class Trainer:
         if path is None:
             return
         self._refuse_changed(path)
-        self.progress, scaler = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        self.progress, scaler, bank = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        if bank:
+            self.bank = CodeBank(*(part.to(self.accelerator.device) for part in bank))
         if self.progress.processes != self.processes:
             raise InputError(
                 f"{path} was written by {self.progress.processes} processes and cannot continue exactly on "
@@ -378,30 +396,3 @@ class Trainer:
         rank = self.accelerator.process_index if rank is None else rank
         text = f"{self.experiment.seed}/{step}/{rank}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little")
-
-
-def parameter_groups(model: DualEncoder, config: OptimizationConfig) -> list[dict[str, object]]:
-    """Return AdamW's groups: tower matrices with weight decay, tower vectors without, the head without."""
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head": []}
-    for name, parameter in model.named_parameters():
-        if name.startswith("head."):
-            groups["head"].append(parameter)
-        else:
-            groups["matrices" if parameter.ndim > 1 else "vectors"].append(parameter)
-    decay = {"matrices": config.weight_decay, "vectors": 0.0, "head": 0.0}
-    peak = {"matrices": config.lr, "vectors": config.lr, "head": config.head_lr}
-    return [
-        {"params": parameters, "lr": peak[name], "peak_lr": peak[name], "weight_decay": decay[name]}
-        for name, parameters in groups.items()
-        if parameters
-    ]
-
-
-def schedule(step: int, steps: int, config: OptimizationConfig) -> float:
-    """Return the factor on the peak learning rates at a step: linear rise, then the configured fall."""
-    rise = config.warmup * steps
-    if step < rise:
-        return (step + 1) / (rise + 1)
-    share = (step - rise) / max(1.0, steps - rise)  # of the fall, 0 to 1
-    falls = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
-    return falls[config.schedule]

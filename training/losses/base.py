@@ -1,6 +1,6 @@
 """What every retrieval loss takes and gives.
 
-Shapes: B queries, N documents (of all devices), D dimensions.
+Shapes: B queries, N documents (of all devices), C documents of the code bank, D dimensions.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ class ScoredBatch:
         reconstruction: The same after compression, (n, D).
         positives: Rows of this device's documents that are positives, (B,).
         log_assignment: log-probability of this device's documents' codes, (n,), or None.
+        bank: Inner products of queries and the reconstructions of C documents whose codes are kept; all of them
+            are negatives but those of `bank_ignore`, (B, C). None where no codes are kept.
+        bank_ignore: Documents of the bank that are relevant or in the batch already, (B, C).
     """
 
     dense: Float[Tensor, "B N"]
@@ -43,6 +46,8 @@ class ScoredBatch:
     reconstruction: Float[Tensor, "n D"]
     positives: Int[Tensor, " B"]
     log_assignment: Float[Tensor, " n"] | None = None
+    bank: Float[Tensor, "B C"] | None = None
+    bank_ignore: Bool[Tensor, "B C"] | None = None
 
 
 class RetrievalLoss(nn.Module, ABC):

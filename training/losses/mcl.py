@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -74,9 +75,10 @@ class MCL(RetrievalLoss):
     def forward(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """Return the parts compressed, dense, assignment and reconstruction, as far as their weight is not 0."""
         config = self.config
-        parts = {
-            "compressed": cross_entropy(batch.compressed, batch.labels, batch.ignore, config.temperature)
-        }
+        scores, ignore = batch.compressed, batch.ignore
+        if batch.bank is not None and batch.bank_ignore is not None:
+            scores, ignore = torch.cat([scores, batch.bank], 1), torch.cat([ignore, batch.bank_ignore], 1)
+        parts = {"compressed": cross_entropy(scores, batch.labels, ignore, config.temperature)}
         if config.dense_weight:
             dense = cross_entropy(batch.dense, batch.labels, batch.ignore, config.temperature)
             parts["dense"] = config.dense_weight * dense
