@@ -129,7 +129,7 @@ def post_hoc_row(
     books, bits = head.num_codebooks, head.codebook_bits
     name = f"OPQ{books},PQ{books}x{bits}"
     faiss = load_faiss()
-    usual = faiss.index_factory(x.shape[1], name, faiss.METRIC_INNER_PRODUCT)
+    usual = faiss.index_factory(x.shape[1], name, getattr(faiss, metric))
     inner = faiss.ProductQuantizer(x.shape[1], books, bits)  # what OPQ makes for itself, with a quiet k-means
     faiss.downcast_VectorTransform(usual.chain.at(0)).pq = inner
     for quantizer in (inner, faiss.downcast_index(usual.index).pq):

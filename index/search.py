@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from index._faiss import load_faiss
+from index.builders import search_index
 from retriever import Document, DualEncoder, Encoder, InputError, Precision, embed_queries, model_fingerprint
 from retriever.folder import check_folder
 from retriever.heads import NoCompressionConfig
@@ -83,9 +84,7 @@ class Searcher:
             raise InputError(f"k must be at least 1, got {k}.")
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise InputError(f"query vectors must have shape (B, {self.dim}), got {vectors.shape}.")
-        queries = np.ascontiguousarray(vectors, dtype=np.float32)
-        scores, rows = self.faiss_index.search(queries, min(k, len(self.document_ids)))
-        return scores, rows
+        return search_index(self.faiss_index, vectors, min(k, len(self.document_ids)))
 
     def document(self, row: int) -> Document | None:
         """Return a stored document by index row; None if the folder was exported without texts."""

@@ -86,7 +86,13 @@ class DualEncoderConfig:
                 f"the towers must have the same dimension, got {query.dim} for queries ({self.encoder}) and "
                 f"{document.dim} for documents ({self.document_encoder}). Choose models of one dimension."
             )
-        return DualEncoder(query, document, head.build(query.dim), title_separator=self.title_separator)
+        built = head.build(query.dim)
+        if built.metric == "l2" and not (query.settings.normalize and document.settings.normalize):
+            raise InputError(
+                "the head's metric l2 needs unit vectors, but the model does not normalize. "
+                "Set metric inner_product, or model.normalize true."
+            )
+        return DualEncoder(query, document, built, title_separator=self.title_separator)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from retriever import (
     embed_documents,
     embed_queries,
 )
+from retriever.scores import Metric, score_matrix
 from training.distributed import all_gather, world_size
 
 if TYPE_CHECKING:
@@ -63,10 +64,18 @@ def measure(qrels: Qrels, run: Run) -> dict[str, float]:
 
 
 def search_exhaustively(
-    queries: Float[Tensor, "B D"], documents: Float[Tensor, "n D"], k: int, *, rows_at_once: int = 256
+    queries: Float[Tensor, "B D"],
+    documents: Float[Tensor, "n D"],
+    k: int,
+    *,
+    metric: Metric = "inner_product",
+    rows_at_once: int = 256,
 ) -> tuple[Float[Tensor, "B k"], Int[Tensor, "B k"]]:
-    """Return the k highest inner products of every query and the rows of their documents."""
-    parts = [(rows @ documents.T).topk(min(k, len(documents))) for rows in queries.split(rows_at_once)]
+    """Return the k highest scores of every query and the rows of their documents."""
+    parts = [
+        score_matrix(rows, documents, metric).topk(min(k, len(documents)))
+        for rows in queries.split(rows_at_once)
+    ]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])
 
 
@@ -116,7 +125,7 @@ def evaluate_model(
             results["compressed"] = torch.cat([model.head.decode(part) for part in codes.split(4096)])
     metrics = {}
     for kind, vectors in results.items():
-        scores, rows = search_exhaustively(q, vectors, DEPTH)
+        scores, rows = search_exhaustively(q, vectors, DEPTH, metric=model.head.metric)
         found = measure(
             data.qrels, _run(names, scores.tolist(), [[ids[row] for row in r] for r in rows.tolist()])
         )

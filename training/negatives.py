@@ -19,6 +19,7 @@ from torch import Tensor
 from retriever import RetrievalData, TextPair
 from retriever.errors import InputError
 from retriever.heads import CompressionHead
+from retriever.scores import score_matrix
 
 __all__ = ["BatchPlan", "CodeBank", "PairDataset"]
 
@@ -158,8 +159,8 @@ class CodeBank:
         self.codes = codes[order]
 
     def scores(self, queries: Tensor, head: CompressionHead) -> Tensor:
-        """Return the inner products of queries (B, D) and all reconstructions, (B, C)."""
-        return queries @ head.decode(self.codes).T
+        """Return the scores of queries (B, D) with all reconstructions, (B, C)."""
+        return score_matrix(queries, head.decode(self.codes), head.metric)
 
     def ignore(self, relevant_keys: Tensor, batch_keys: Tensor) -> Tensor:
         """Mark the documents relevant to each query, or in the batch already, (B, C)."""
@@ -173,4 +174,5 @@ class CodeBank:
         """Replace the codes of documents of the bank; others are passed over."""
         rows = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
         known = self.keys[rows] == keys
+        self.codes = self.codes.clone()  # the backward pass still needs the old ones
         self.codes[rows[known]] = codes[known]

@@ -26,6 +26,7 @@ from index import FaissFit
 from retriever import Collator, InputError, RetrievalData, TokenBatch, embed_documents, read_data
 from retriever.data import document_key, other_relevant
 from retriever.heads import QuantizerFit
+from retriever.scores import score_matrix
 from training.card import model_card
 from training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from training.distributed import all_gather
@@ -214,10 +215,10 @@ class Trainer:
         labels = positives + self.accelerator.process_index * own
         documents, reconstruction = all_gather(vectors.documents), all_gather(head.reconstruction)
         keys = all_gather(batch.document_keys)
-        bank = self.bank if compress else None
+        bank, metric = self.bank if compress else None, self.model.head.metric
         scored = ScoredBatch(
-            dense=vectors.queries @ documents.T,
-            compressed=vectors.queries @ reconstruction.T,
+            dense=score_matrix(vectors.queries, documents, metric),
+            compressed=score_matrix(vectors.queries, reconstruction, metric),
             labels=labels,
             ignore=other_relevant(keys, batch.relevant_keys, labels),
             documents=vectors.documents,

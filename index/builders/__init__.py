@@ -1,6 +1,6 @@
 """Index families: one family, one file. A new family is one file and one line of `BUILDERS`."""
 
-from index.builders.base import FaissIndex, IndexBuilder
+from index.builders.base import FaissIndex, IndexBuilder, search_index
 from index.builders.flat import FlatBuilder
 from index.builders.ivfpq import IVFPQBuilder
 from index.builders.pq import PQBuilder
@@ -11,4 +11,12 @@ BUILDERS: dict[str, type[IndexBuilder]] = {
     "ivfpq": IVFPQBuilder,
 }
 
-__all__ = ["BUILDERS", "FaissIndex", "FlatBuilder", "IVFPQBuilder", "IndexBuilder", "PQBuilder"]
+__all__ = [
+    "BUILDERS",
+    "FaissIndex",
+    "FlatBuilder",
+    "IVFPQBuilder",
+    "IndexBuilder",
+    "PQBuilder",
+    "search_index",
+]

@@ -16,10 +16,10 @@ from retriever.errors import InputError
 from retriever.heads import FaissExport
 
 if TYPE_CHECKING:
-    from jaxtyping import UInt8
+    from jaxtyping import Float, Int, UInt8
     from numpy.typing import NDArray
 
-__all__ = ["FaissIndex", "IndexBuilder", "set_vector", "with_rotation"]
+__all__ = ["FaissIndex", "IndexBuilder", "search_index", "set_vector", "with_rotation"]
 
 FaissIndex = Any
 """A `faiss.Index`; FAISS's wrapper classes carry no types."""
@@ -41,6 +41,14 @@ class IndexBuilder(ABC):
 def refuse(family: str, export: FaissExport, remedy: str) -> InputError:
     """Return the error for an export that a family cannot carry."""
     return InputError(f"an index of kind {family!r} cannot carry {type(export).__name__}. {remedy}")
+
+
+def search_index(
+    built: FaissIndex, queries: Float[NDArray[np.float32], "B D"], k: int
+) -> tuple[Float[NDArray[np.float32], "B k"], Int[NDArray[np.int64], "B k"]]:
+    """Return scores as `retriever.scores` defines them, falling, and rows; FAISS returns squared distances for L2."""
+    values, rows = built.search(np.ascontiguousarray(queries, dtype=np.float32), k)
+    return (1 - values / 2 if built.metric_type == load_faiss().METRIC_L2 else values), rows
 
 
 def set_vector(vector: Any, values: NDArray[np.generic], expected: int) -> None:

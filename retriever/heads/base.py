@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from retriever.scores import Metric
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, UInt8
@@ -28,8 +30,6 @@ __all__ = [
     "pack_codes",
     "unpack_codes",
 ]
-
-Metric = Literal["inner_product", "l2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +110,15 @@ class CompressionHead(nn.Module, ABC):
         dim: Dimension D of the vectors.
         num_codes: Codes M of a vector.
         code_bits: Bits of a code.
+        metric: Score contract of training, evaluation and index.
     """
 
-    def __init__(self, *, dim: int, num_codes: int, code_bits: int) -> None:
+    def __init__(self, *, dim: int, num_codes: int, code_bits: int, metric: Metric = "inner_product") -> None:
         super().__init__()
         self.dim = dim
         self.num_codes = num_codes
         self.code_bits = code_bits
+        self.metric: Metric = metric
 
     @property
     def code_size(self) -> int:

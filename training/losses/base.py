@@ -25,15 +25,15 @@ class ScoredBatch:
     """Scores of a batch, and what some losses need beside them.
 
     Attributes:
-        dense: Inner products of queries and uncompressed documents, (B, N).
-        compressed: Inner products of queries and reconstructed documents, (B, N): the score of the index.
+        dense: Scores of queries with uncompressed documents, (B, N).
+        compressed: Scores of queries with reconstructed documents, (B, N): those of the index.
         labels: Column of each query's positive, (B,).
         ignore: Other documents relevant to the query, left out of every softmax, (B, N).
         documents: Uncompressed vectors of this device's documents, (n, D).
         reconstruction: The same after compression, (n, D).
         positives: Rows of this device's documents that are positives, (B,).
         log_assignment: log-probability of this device's documents' codes, (n,), or None.
-        bank: Inner products of queries and the reconstructions of C documents whose codes are kept; all of them
+        bank: Scores of queries with the reconstructions of C documents whose codes are kept; all of them
             are negatives but those of `bank_ignore`, (B, C). None where no codes are kept.
         bank_ignore: Documents of the bank that are relevant or in the batch already, (B, C).
     """
