@@ -49,6 +49,8 @@ class IndexConfig:
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise InputError(f"index.kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
+        if self.nlist < 1:
+            raise InputError(f"index.nlist must be at least 1, got {self.nlist}.")
         if self.nlist != 1 and self.kind != "ivfpq":
             raise InputError(f"index.nlist={self.nlist} needs index.kind ivfpq, got {self.kind!r}.")
 

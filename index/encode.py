@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from retriever import Document, DualEncoder, Precision, embed_documents
+from retriever import Document, DualEncoder, InputError, Precision, embed_documents
 from retriever.heads import pack_codes
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def encode_corpus(
                 sample.append(vectors[: SAMPLE - ntotal])
             ntotal += len(chunk)
             bar.update(len(chunk))
+    if not ntotal:
+        raise InputError("the corpus holds no documents. Give a corpus with at least one document.")
     return EncodedCorpus(
         folder=folder,
         ntotal=ntotal,

@@ -48,7 +48,7 @@ class Searcher:
         self.folder = folder
         self.manifest: dict[str, Any] = manifest
         self.faiss_index = load_faiss().read_index(str(folder / "index"))
-        self.document_ids = (folder / "docid").read_text(encoding="utf-8").splitlines()
+        self.document_ids = (folder / "docid").read_text(encoding="utf-8").removesuffix("\n").split("\n")
         if self.faiss_index.ntotal != len(self.document_ids):
             raise InputError(
                 f"{folder / 'docid'} names {len(self.document_ids)} documents, but the index holds "

@@ -21,6 +21,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+__all__ = ["build_pycode"]
+
 MIN_DOCUMENTS = 100  # fewer make no data set worth training on
 MAX_FILE_SIZE, MAX_DOCUMENT_LENGTH = 1_000_000, 3_000  # bytes; characters
 MIN_BODY_LENGTH, MIN_BODY_SIZE = 60, 2  # characters without spaces; statements or members of a class

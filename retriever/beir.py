@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +47,7 @@ def read_corpus(source: str | Path) -> Iterator[Document]:
         document = Document(
             _text(row, "_id", where), _text(row, "title", where, default=""), _text(row, "text", where)
         )
-        if not (document.title or document.text.strip()):
+        if not (document.title.strip() or document.text.strip()):
             raise InputError(
                 f"{where}: the document {document.id!r} has neither title nor text. Remove the line."
             )
@@ -129,10 +131,11 @@ def read_negatives(source: str | Path, documents: Iterable[str]) -> dict[str, li
             raise InputError(
                 f"{where}: 'negatives' must be a list of document ids, got {ids!r}. Correct the line."
             )
-        for identifier in ids:
-            if identifier not in known:
-                raise InputError(f"{where}: the document {identifier!r} is not in the corpus. Remove it.")
-        negatives[_text(row, "query-id", where)] = ids
+        names = [str(value) if isinstance(value, int) else value for value in ids]
+        for name in names:
+            if not isinstance(name, str) or name not in known:
+                raise InputError(f"{where}: the document {name!r} is not in the corpus. Remove it.")
+        negatives[_text(row, "query-id", where)] = names
     return negatives
 
 
@@ -188,7 +191,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                         f"{path}:{number}: expected a JSON object, got {type(row).__name__}. Correct the line."
                     )
                 yield f"{path}:{number}", row
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(
             f"{path}:{number + 1}: unreadable ({error}). Write the file again as UTF-8."
         ) from None
@@ -237,17 +240,23 @@ def _tsv_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str, i
         raise InputError(
             f"{folder} has no qrels/{split}.tsv. Choose a split: {', '.join(present) or 'there is none'}."
         )
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            fields = line.rstrip("\r\n").split("\t")
-            if number == 1 and fields[:1] in (["query-id"], ["query_id"]):
-                continue
-            if len(fields) != 3 or not fields[2].lstrip("-").isdigit():
-                raise InputError(
-                    f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>score, got {line.rstrip()!r}. "
-                    "Correct the line."
-                )
-            yield f"{path}:{number}", fields[0], fields[1], int(fields[2])
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                fields = line.rstrip("\r\n").split("\t")
+                if number == 1 and fields[:1] in (["query-id"], ["query_id"]):
+                    continue
+                if len(fields) != 3 or not re.fullmatch(r"-?[0-9]+", fields[2]):
+                    raise InputError(
+                        f"{path}:{number}: expected query-id<TAB>corpus-id<TAB>score, got {line.rstrip()!r}. "
+                        "Correct the line."
+                    )
+                yield f"{path}:{number}", fields[0], fields[1], int(fields[2])
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path}:{number + 1}: unreadable ({error}). Write the file again as UTF-8."
+        ) from None
 
 
 def _is_datasets_folder(folder: Path) -> bool:

@@ -165,17 +165,15 @@ def _quiet() -> Iterator[None]:
 
 
 def pool(hidden: Float[Tensor, "B L D"], mask: Tensor, pooling: Pooling) -> Float[Tensor, "B D"]:
-    """Return one vector a text from its token embeddings.
-
-    `mean` and `last` skip padding on either side; `cls` takes position 0, so the tokenizer must pad right.
-    """
+    """Return one vector a text from its token embeddings; padding on either side is skipped."""
+    rows = torch.arange(len(hidden), device=hidden.device)
     if pooling == "cls":
-        return hidden[:, 0]
+        return hidden[rows, mask.argmax(1)]
     if pooling == "mean":
         weights = mask.unsqueeze(-1).to(hidden.dtype)  # (B, L, 1)
         return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1e-9)
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # position of the last token that is not padding
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    return hidden[rows, last]
 
 
 def resolve_model(model: str) -> str:
@@ -187,6 +185,10 @@ def resolve_model(model: str) -> str:
     if not model.startswith("package:"):
         return model
     name, _, folder = model.removeprefix("package:").partition("/")
+    if not name.isidentifier():
+        raise InputError(
+            f"the model {model!r} must have the form package:NAME/FOLDER with a package's import name."
+        )
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         hint = f"pip install {name.replace('_', '-')}"
@@ -243,7 +245,10 @@ def _read_sentence_transformers(source: str, revision: str | None) -> EncoderSet
     modules_path = _hub_file(source, "modules.json", revision)
     if modules_path is None:
         return EncoderSettings()
-    modules = json.loads(modules_path.read_text(encoding="utf-8"))
+    try:
+        modules = json.loads(modules_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{modules_path} is not JSON: {error}. Restore the file.") from None
     kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
     unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown:
@@ -267,8 +272,12 @@ def _read_sentence_transformers(source: str, revision: str | None) -> EncoderSet
 
 
 def _read_pooling(config: dict[str, Any], source: str) -> Pooling:
+    if config.get("include_prompt") is False:
+        raise InputError(
+            f"the model {source!r} leaves the prompt out of its pooling, which Endex does not do."
+        )
     if compact := config.get("pooling_mode"):
-        if compact in ST_COMPACT:
+        if isinstance(compact, str) and compact in ST_COMPACT:
             return ST_COMPACT[compact]
         raise InputError(f"the model {source!r} pools by {compact!r}; Endex knows {', '.join(ST_COMPACT)}.")
     active = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]

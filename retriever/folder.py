@@ -99,6 +99,8 @@ def read_manifest(folder: Path, kind: str) -> dict[str, Any]:
             f"Give another folder, or write this one again."
         )
     manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest.get("files"), dict):
+        raise InputError(f"{folder / MANIFEST} lists no files. Restore it or write {folder} again.")
     if manifest.get("kind") != kind:
         raise InputError(
             f"{folder} is {_with_article(str(manifest.get('kind')))} folder, but {_with_article(kind)} folder "
@@ -163,7 +165,11 @@ def _replace(temporary: Path, target: Path) -> None:
     if target.exists():
         old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
         target.rename(old)
-        temporary.rename(target)
+        try:
+            temporary.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     else:
         temporary.rename(target)

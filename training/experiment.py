@@ -82,6 +82,7 @@ class OptimizationConfig:
         schedule: Fall of the learning rates after the warm-up: "linear" or "cosine" to 0, or "constant".
         max_grad_norm: Gradients are clipped to this norm, towers and head apart.
         precision: Arithmetic of the towers; heads and losses are always float32.
+        dropout: Dropout of the towers as their models have it; off is faster, and steadier on few pairs.
         dense_warmup: Share of the steps before the head's warm start, in which the towers train uncompressed.
         warm_start_documents: Documents whose current vectors give the head its starting values.
         warm_start_from: Which documents those are: any of the "corpus" (unlabelled), or only those of training "pairs".
@@ -100,6 +101,7 @@ class OptimizationConfig:
     schedule: Schedule = "linear"
     max_grad_norm: float = 1.0
     precision: Precision = "fp32"
+    dropout: bool = True
     dense_warmup: float = 0.3
     warm_start_documents: int = 65_536
     warm_start_from: Literal["corpus", "pairs"] = "corpus"
@@ -285,7 +287,19 @@ def parse_experiment(arguments: list[str]) -> Experiment:
 
 def dump_experiment(experiment: Experiment) -> str:
     """Return the YAML text from which `load_experiment` makes an equal experiment."""
-    return str(yaml.safe_dump(_plain(experiment), sort_keys=False, allow_unicode=True))
+    return str(yaml.dump(_plain(experiment), Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that begin like a number: YAML 1.1 and 1.2 disagree on which of them are numbers."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "'" if text[:1] in "+-.0123456789" else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _plain(value: Any) -> Any:

@@ -131,12 +131,14 @@ class BatchPlan:
         generator = random.Random(f"{self.seed}/{epoch}")
         order = list(range(len(self.lengths)))
         generator.shuffle(order)
+        del order[
+            self.batches_per_epoch * self.batch_size :
+        ]  # before sorting, or it would always be the longest
         window = self.batch_size * self.bucket_batches
         batches = []
         for start in range(0, len(order), window):
             rows = sorted(order[start : start + window], key=self.lengths.__getitem__)
             batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        batches = [batch for batch in batches if len(batch) == self.batch_size]
         generator.shuffle(batches)
         return [[(row, generator.getrandbits(62)) for row in batch] for batch in batches]
 

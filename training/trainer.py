@@ -185,6 +185,8 @@ class Trainer:
         """Run one optimizer step; return the values to log."""
         optimization = self.experiment.optimization
         self.wrapped.train()
+        for tower in (self.model.query_encoder, self.model.document_encoder):
+            tower.train(optimization.dropout)  # gradients flow in either mode
         row: dict[str, float] = defaultdict(float)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * learning_rate_factor(step, self.steps, optimization)

@@ -1,4 +1,4 @@
-"""`faiss.IndexFlatIP` from uncompressed vectors: the dense model's index."""
+"""`faiss.IndexFlatIP` (or `IndexFlatL2`) from uncompressed vectors: the dense model's index."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class FlatBuilder(IndexBuilder):
         """Return the filled index; the codes are the float32 bytes."""
         self.check(export)
         assert isinstance(export, FlatVectors), "checked above"
-        built = load_faiss().IndexFlatIP(export.dim)
+        faiss = load_faiss()
+        built = (faiss.IndexFlatIP if export.metric == "inner_product" else faiss.IndexFlatL2)(export.dim)
         built.add_sa_codes(np.ascontiguousarray(codes))
         return built

@@ -48,6 +48,7 @@ class IVFPQBuilder(IndexBuilder):
         assert isinstance(export, ProductCodebooks), "checked above"
         faiss = load_faiss()
         books, codewords, width = export.codebooks.shape
+        assert codewords & (codewords - 1) == 0, f"FAISS needs 2**nbits codewords, got {codewords}"
         inner_product = export.metric == "inner_product"
         dim, nbits = books * width, codewords.bit_length() - 1
         quantizer = (faiss.IndexFlatIP if inner_product else faiss.IndexFlatL2)(dim)

@@ -33,6 +33,7 @@ class PQBuilder(IndexBuilder):
         assert isinstance(export, ProductCodebooks), "checked above"
         faiss = load_faiss()
         books, codewords, width = export.codebooks.shape
+        assert codewords & (codewords - 1) == 0, f"FAISS needs 2**nbits codewords, got {codewords}"
         nbits = codewords.bit_length() - 1
         metric = faiss.METRIC_INNER_PRODUCT if export.metric == "inner_product" else faiss.METRIC_L2
         built = faiss.IndexPQ(books * width, books, nbits, metric)

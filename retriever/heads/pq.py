@@ -71,7 +71,7 @@ class ProductQuantizerConfig(HeadConfig):
             raise InputError(f"metric must be one of {', '.join(get_args(Metric))}, got {self.metric!r}.")
         if self.estimator not in ESTIMATORS:
             raise InputError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {self.estimator!r}.")
-        if self.selection_temperature <= 0:
+        if not 0 < self.selection_temperature < float("inf"):
             raise InputError(f"selection_temperature must be positive, got {self.selection_temperature}.")
         for name in ("distortion_weight", "commitment_weight", "restart_window"):
             if not 0 <= getattr(self, name) <= float("inf"):
@@ -229,7 +229,7 @@ class ProductQuantizer(CompressionHead):
         return {self.codebooks: dead} if bool(dead.any()) else {}
 
     def _split(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N M S"]:
-        return (x @ self.rotation.T).view(len(x), self.num_codes, -1)
+        return (x @ self.rotation.T).view(len(x), self.num_codes, self.codebooks.shape[-1])
 
     def _distances(self, z: Float[Tensor, "N M S"]) -> Float[Tensor, "N M K"]:
         """Squared L2 distance of every sub-vector to every codeword."""
