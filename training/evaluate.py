@@ -61,15 +61,16 @@ def measure(qrels: Qrels, run: Run) -> dict[str, float]:
     reciprocal_rank = ir_measures.RR  # with a cutoff ir-measures takes another tool, with other ties
     wanted = {name: ir_measures.parse_measure(text) for name, text in MEASURES.items() if name != "mrr@10"}
     values = ir_measures.calc_aggregate(wanted.values(), qrels, run)
-    first_ten = {query: dict(sorted(found.items(), key=_trec_order)[:10]) for query, found in run.items()}
+    first_ten = {
+        query: dict(sorted(found.items(), key=_trec_order, reverse=True)[:10]) for query, found in run.items()
+    }
     values[reciprocal_rank] = ir_measures.calc_aggregate([reciprocal_rank], qrels, first_ten)[reciprocal_rank]
     return {name: float(values[wanted.get(name, reciprocal_rank)]) for name in MEASURES}
 
 
-def _trec_order(hit: tuple[str, float]) -> tuple[float, tuple[int, ...]]:
-    """Sort by score, falling, then by the document id's bytes, falling."""
-    document, score = hit
-    return -score, tuple(-byte for byte in document.encode()) + (1,)
+def _trec_order(hit: tuple[str, float]) -> tuple[float, bytes]:
+    """Sort key of trec_eval, to be reversed: score, then the document id's bytes."""
+    return hit[1], hit[0].encode()
 
 
 def search_exhaustively(

@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retriever import RetrievalData, TextPair
+from retriever import RetrievalData, TextPair, TokenBatch
 from retriever.errors import InputError
 from retriever.heads import CompressionHead
 from retriever.scores import score_matrix
+from training.losses.base import NOT_KEPT, BankScores
 
 __all__ = ["BatchPlan", "CodeBank", "PairDataset"]
 
@@ -148,7 +149,8 @@ class CodeBank:
 
     A document costs its code's bytes, not a forward pass, so that a softmax over the whole corpus is affordable.
     Reconstructions are decoded from the current codebooks: the loss's gradient reaches codebooks and queries.
-    Codes are as old as the document's last pass.
+    Codes are as old as the document's last pass, and so the positive's must be: were it scored live among kept
+    negatives, the towers would learn to tell fresh from old vectors instead of relevant from irrelevant ones.
 
     Args:
         keys: Keys of the documents, (C,); see `retriever.data.document_key`.
@@ -160,21 +162,25 @@ class CodeBank:
         self.keys = keys[order]
         self.codes = codes[order]
 
-    def scores(self, queries: Tensor, head: CompressionHead) -> Tensor:
-        """Return the scores of queries (B, D) with all reconstructions, (B, C)."""
-        return score_matrix(queries, head.decode(self.codes), head.metric)
-
-    def ignore(self, relevant_keys: Tensor, batch_keys: Tensor) -> Tensor:
-        """Mark the documents relevant to each query, or in the batch already, (B, C)."""
-        mask = torch.isin(self.keys, batch_keys).repeat(len(relevant_keys), 1)
-        rows = torch.searchsorted(self.keys, relevant_keys).clamp(max=len(self.keys) - 1)  # (B, R)
-        found = self.keys[rows] == relevant_keys
-        hits = torch.zeros_like(mask, dtype=torch.int32).scatter_add(1, rows, found.int())
-        return mask | (hits > 0)
+    def score(
+        self, queries: Tensor, head: CompressionHead, batch: TokenBatch, positives: Tensor
+    ) -> BankScores:
+        """Return the scores of a batch's queries (B, D) with all reconstructions, and the rows of their positives."""
+        labels, known = self._find(batch.document_keys[positives])
+        rows, relevant = self._find(batch.relevant_keys)  # (B, R)
+        counts = torch.zeros(len(queries), len(self.keys), dtype=torch.int32, device=rows.device)
+        ignore = counts.scatter_add(1, rows, relevant.int()) > 0
+        ignore[known, labels[known]] = False
+        scores = score_matrix(queries, head.decode(self.codes), head.metric)
+        return BankScores(scores=scores, labels=labels.masked_fill(~known, NOT_KEPT), ignore=ignore)
 
     def update(self, keys: Tensor, codes: Tensor) -> None:
         """Replace the codes of documents of the bank; others are passed over."""
-        rows = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
-        known = self.keys[rows] == keys
+        rows, known = self._find(keys)
         self.codes = self.codes.clone()  # the backward pass still needs the old ones
         self.codes[rows[known]] = codes[known]
+
+    def _find(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a row for every key, and whether it is the key's."""
+        rows = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        return rows, self.keys[rows] == keys

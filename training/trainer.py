@@ -227,8 +227,7 @@ class Trainer:
             reconstruction=head.reconstruction,
             positives=positives,
             log_assignment=head.log_assignment,
-            bank=bank.scores(vectors.queries, self.model.head) if bank else None,
-            bank_ignore=bank.ignore(batch.relevant_keys, keys) if bank else None,
+            bank=bank.score(vectors.queries, self.model.head, batch, positives) if bank else None,
         )
         if compress:
             codes = all_gather(head.codes)

@@ -17,7 +17,24 @@ from retriever.heads import HeadConfig
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["LossConfig", "RetrievalLoss", "ScoredBatch", "check_temperature"]
+__all__ = ["NOT_KEPT", "BankScores", "LossConfig", "RetrievalLoss", "ScoredBatch", "check_temperature"]
+
+NOT_KEPT = -100  # label of a query whose positive is not in the bank; torch's cross-entropy passes it over
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankScores:
+    """Scores of queries with the reconstructions of kept codes.
+
+    Attributes:
+        scores: Scores with the C documents of the bank, (B, C).
+        labels: Row of each query's positive in the bank, `NOT_KEPT` where it has none, (B,).
+        ignore: Other documents of the bank relevant to the query, (B, C).
+    """
+
+    scores: Float[Tensor, "B C"]
+    labels: Int[Tensor, " B"]
+    ignore: Bool[Tensor, "B C"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,9 +50,7 @@ class ScoredBatch:
         reconstruction: The same after compression, (n, D).
         positives: Rows of this device's documents that are positives, (B,).
         log_assignment: log-probability of this device's documents' codes, (n,), or None.
-        bank: Scores of queries with the reconstructions of C documents whose codes are kept; all of them
-            are negatives but those of `bank_ignore`, (B, C). None where no codes are kept.
-        bank_ignore: Documents of the bank that are relevant or in the batch already, (B, C).
+        bank: Scores of the queries with documents whose codes are kept; None where none are kept.
     """
 
     dense: Float[Tensor, "B N"]
@@ -46,8 +61,7 @@ class ScoredBatch:
     reconstruction: Float[Tensor, "n D"]
     positives: Int[Tensor, " B"]
     log_assignment: Float[Tensor, " n"] | None = None
-    bank: Float[Tensor, "B C"] | None = None
-    bank_ignore: Bool[Tensor, "B C"] | None = None
+    bank: BankScores | None = None
 
 
 class RetrievalLoss(nn.Module, ABC):

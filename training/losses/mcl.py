@@ -8,13 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from retriever.errors import InputError
 from retriever.heads import HeadConfig, ProductQuantizerConfig
-from training.losses.base import LossConfig, RetrievalLoss, ScoredBatch, check_temperature
+from training.losses.base import NOT_KEPT, LossConfig, RetrievalLoss, ScoredBatch, check_temperature
 from training.losses.contrastive import cross_entropy
 
 __all__ = ["MCL", "MCLConfig"]
@@ -32,6 +31,8 @@ class MCLConfig(LossConfig):
         assignment_weight: Weight of -log P(codes of the positive); in the paper, not in the release. Needs a
             head with the estimator "softmax".
         reconstruction_weight: Weight of the mean squared error between vectors and reconstructions.
+        bank_weight: Weight of the cross-entropy over all documents whose codes are kept (our addition; see
+            `training.negatives.CodeBank`). No effect where no codes are kept.
     """
 
     name: ClassVar[str] = "mcl"
@@ -40,10 +41,11 @@ class MCLConfig(LossConfig):
     dense_weight: float = 1.0
     assignment_weight: float = 0.0
     reconstruction_weight: float = 1e-8
+    bank_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        for name in ("dense_weight", "assignment_weight", "reconstruction_weight"):
+        for name in ("dense_weight", "assignment_weight", "reconstruction_weight", "bank_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be zero or more, got {getattr(self, name)}.")
 
@@ -75,10 +77,13 @@ class MCL(RetrievalLoss):
     def forward(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """Return the parts compressed, dense, assignment and reconstruction, as far as their weight is not 0."""
         config = self.config
-        scores, ignore = batch.compressed, batch.ignore
-        if batch.bank is not None and batch.bank_ignore is not None:
-            scores, ignore = torch.cat([scores, batch.bank], 1), torch.cat([ignore, batch.bank_ignore], 1)
-        parts = {"compressed": cross_entropy(scores, batch.labels, ignore, config.temperature)}
+        parts = {
+            "compressed": cross_entropy(batch.compressed, batch.labels, batch.ignore, config.temperature)
+        }
+        if batch.bank and config.bank_weight:
+            scores = (batch.bank.scores / config.temperature).masked_fill(batch.bank.ignore, float("-inf"))
+            total = F.cross_entropy(scores, batch.bank.labels, ignore_index=NOT_KEPT, reduction="sum")
+            parts["bank"] = config.bank_weight * total / len(scores)
         if config.dense_weight:
             dense = cross_entropy(batch.dense, batch.labels, batch.ignore, config.temperature)
             parts["dense"] = config.dense_weight * dense

@@ -1,0 +1,199 @@
+"""The parity check passes the right index and stops every kind of wrong one.
+
+Shapes: n documents, q queries, D dimensions, M codebooks, K codewords.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from index import ParityError, assert_parity
+from index.builders import FaissIndex, FlatBuilder, IndexBuilder, IVFPQBuilder, PQBuilder
+from retriever.heads import (
+    CompressionHead,
+    NoCompressionConfig,
+    ProductCodebooks,
+    ProductQuantizerConfig,
+    pack_codes,
+)
+
+D, DOCUMENTS, QUERIES = 16, 300, 20
+SEEDS = (0, 1, 2)
+every_metric = pytest.mark.parametrize("metric", ["inner_product", "l2"])
+
+
+@dataclass(frozen=True)
+class Case:
+    head: CompressionHead
+    packed: np.ndarray
+    queries: Tensor
+
+    @property
+    def export(self) -> ProductCodebooks:
+        return self.head.export()
+
+
+def make_case(seed: int, *, bits: int = 4, metric: str = "l2") -> Case:
+    """Return a rotated product quantizer, the codes of random documents, and random queries."""
+    generator = torch.Generator().manual_seed(seed)
+    head = ProductQuantizerConfig(num_codebooks=4, codebook_bits=bits, metric=metric).build(D)
+    with torch.no_grad():
+        head.codebooks.copy_(torch.randn(head.codebooks.shape, generator=generator))
+        head.rotation.copy_(torch.linalg.qr(torch.randn(D, D, generator=generator)).Q)
+    codes = head.encode(torch.randn(DOCUMENTS, D, generator=generator))
+    return Case(head, pack_codes(codes, bits), torch.randn(QUERIES, D, generator=generator))
+
+
+def make_flat_case(seed: int) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    head = NoCompressionConfig().build(D)
+    codes = head.encode(torch.randn(DOCUMENTS, D, generator=generator))
+    return Case(head, pack_codes(codes, 32), torch.randn(QUERIES, D, generator=generator))
+
+
+def check(case: Case, built: FaissIndex, **options: int) -> float:
+    return assert_parity(built, case.head, case.packed, case.queries, **options)
+
+
+# --- right indexes ---
+
+
+@every_metric
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("builder", [PQBuilder(), IVFPQBuilder(nlist=3)], ids=repr)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_right_index_passes(seed: int, builder: IndexBuilder, bits: int, metric: str) -> None:
+    case = make_case(seed, bits=bits, metric=metric)
+    assert check(case, builder.build(case.export, case.packed)) < 1e-4
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_right_index_of_uncompressed_vectors_passes(seed: int) -> None:
+    case = make_flat_case(seed)
+    assert check(case, FlatBuilder().build(case.export, case.packed)) < 1e-5
+
+
+@every_metric
+@pytest.mark.parametrize("seed", SEEDS)
+def test_returned_difference_is_the_largest_of_a_score(seed: int, metric: str) -> None:
+    case = make_case(seed, metric=metric)
+    built = PQBuilder().build(case.export, case.packed)
+    scores, rows = built.search(case.queries.numpy(), 10)
+    with torch.no_grad():
+        codes = faiss.unpack_bitstrings(case.packed, 4, 4)
+        vectors = case.head.decode(torch.from_numpy(codes.astype(np.int64))).double().numpy()
+    queries = case.queries.double().numpy()
+    if metric == "inner_product":
+        exact = queries @ vectors.T
+    else:
+        scores = 1 - scores / 2
+        exact = 1 - ((queries[:, None] - vectors[None]) ** 2).sum(-1) / 2
+    expected = np.abs(scores - np.take_along_axis(exact, rows, axis=1)).max()
+    assert check(case, built) == pytest.approx(expected, rel=1e-6)
+
+
+def test_more_results_than_documents_are_cut() -> None:
+    case = make_case(0)
+    few = replace(case, packed=case.packed[:4])
+    assert check(few, PQBuilder().build(case.export, few.packed), k=10) < 1e-5
+
+
+def test_documents_with_equal_codes_pass() -> None:
+    case = make_case(0)
+    equal = replace(case, packed=np.repeat(case.packed[:5], 60, axis=0))
+    assert check(equal, PQBuilder().build(case.export, equal.packed)) < 1e-5
+
+
+# --- wrong indexes ---
+
+
+@every_metric
+@pytest.mark.parametrize("seed", SEEDS)
+def test_codebook_value_changed_after_building_is_found(seed: int, metric: str) -> None:
+    case = make_case(seed, metric=metric)
+    built = PQBuilder().build(case.export, case.packed)
+    inner = faiss.downcast_index(built.index)
+    centroids = faiss.vector_to_array(inner.pq.centroids)
+    centroids[0] += 2.0  # first dimension of codeword 0 of codebook 0, which a sixteenth of the documents use
+    faiss.copy_array_to_vector(centroids, inner.pq.centroids)
+    with pytest.raises(ParityError):
+        check(case, built)
+
+
+@every_metric
+@pytest.mark.parametrize("seed", SEEDS)
+def test_slightly_wrong_codebooks_are_found(seed: int, metric: str) -> None:
+    case = make_case(seed, metric=metric)
+    wrong = replace(case.export, codebooks=case.export.codebooks * 1.0001)
+    with pytest.raises(ParityError, match=r"differ from the model's by \d.*, allowed is"):
+        check(case, PQBuilder().build(wrong, case.packed))
+
+
+@every_metric
+@pytest.mark.parametrize("seed", SEEDS)
+def test_permuted_codes_are_found(seed: int, metric: str) -> None:
+    case = make_case(seed, metric=metric)
+    order = torch.randperm(DOCUMENTS, generator=torch.Generator().manual_seed(seed + 100)).numpy()
+    with pytest.raises(ParityError):
+        check(case, PQBuilder().build(case.export, case.packed[order]))
+
+
+def test_codes_shifted_by_one_document_are_found() -> None:
+    case = make_case(0)
+    with pytest.raises(ParityError):
+        check(case, PQBuilder().build(case.export, np.roll(case.packed, 1, axis=0)))
+
+
+def test_codes_with_swapped_codebooks_are_found() -> None:
+    case = make_case(0, bits=8)
+    with pytest.raises(ParityError):
+        check(case, PQBuilder().build(case.export, case.packed[:, [1, 0, 2, 3]]))
+
+
+@every_metric
+@pytest.mark.parametrize("seed", SEEDS)
+def test_transposed_rotation_is_found(seed: int, metric: str) -> None:
+    case = make_case(seed, metric=metric)
+    wrong = replace(case.export, rotation=case.export.rotation.T.contiguous())
+    with pytest.raises(ParityError):
+        check(case, PQBuilder().build(wrong, case.packed))
+
+
+def test_left_out_rotation_is_found() -> None:
+    case = make_case(0)
+    with pytest.raises(ParityError):
+        check(case, PQBuilder().build(replace(case.export, rotation=None), case.packed))
+
+
+@pytest.mark.parametrize(("metric", "other"), [("l2", "inner_product"), ("inner_product", "l2")])
+def test_index_of_another_metric_is_found(metric: str, other: str) -> None:
+    case = make_case(0, metric=metric)
+    with pytest.raises(ParityError):
+        check(case, PQBuilder().build(replace(case.export, metric=other), case.packed))
+
+
+def test_missing_document_is_found() -> None:
+    case = make_case(0)
+    with pytest.raises(ParityError, match="holds 299 documents instead of 300"):
+        check(case, PQBuilder().build(case.export, case.packed[:-1]))
+
+
+def test_list_that_is_not_probed_is_found() -> None:
+    case = make_case(0)
+    built = IVFPQBuilder(nlist=3).build(case.export, case.packed)
+    faiss.extract_index_ivf(built).nprobe = 1
+    with pytest.raises(ParityError, match="missed a better document: row"):
+        check(case, built)
+
+
+def test_score_that_is_not_a_number_is_found() -> None:
+    case = make_flat_case(0)
+    built = FlatBuilder().build(case.export, case.packed)
+    with pytest.raises(ParityError):
+        check(replace(case, queries=torch.full((2, D), float("nan"))), built)

@@ -1,0 +1,124 @@
+"""metrics.jsonl over kills and resumes, and trackers behind one call."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from retriever import DualEncoderConfig
+from retriever.heads import ProductQuantizerConfig
+from training import Experiment
+from training.experiment import DataConfig, TrackingConfig
+from training.losses import MCLConfig
+from training.tracking import RunLog
+
+ROWS = [
+    {"step": 1, "train/loss": 4.5},
+    {"step": 2, "train/loss": 4.25},
+    {"step": 2, "eval/dense/ndcg@10": 0.5},
+    {"step": 3, "train/loss": 4.0},
+    {"step": 4, "train/loss": 3.75},
+]
+LINES = [json.dumps(row) + "\n" for row in ROWS]
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def experiment(**tracking: object) -> Experiment:
+    return Experiment(
+        output="run",
+        model=DualEncoderConfig(encoder="model"),
+        head=ProductQuantizerConfig(),
+        loss=MCLConfig(),
+        data=DataConfig(source="data"),
+        tracking=TrackingConfig(**tracking),
+    )
+
+
+def log_again(folder: Path, accelerator: Accelerator, text: str, step: int) -> str:
+    """Put text into metrics.jsonl, start a log at a step, and return what the file holds then."""
+    path = folder / "metrics.jsonl"
+    path.write_text(text, encoding="utf-8")
+    RunLog(folder, experiment(), accelerator, step)
+    return path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 1), (2, 3), (3, 4), (4, 5), (9, 5)])
+def test_a_resumed_run_keeps_exactly_the_rows_up_to_its_step(
+    tmp_path: Path, accelerator: Accelerator, step: int, kept: int
+) -> None:
+    assert log_again(tmp_path, accelerator, "".join(LINES), step) == "".join(LINES[:kept])
+
+
+@pytest.mark.parametrize("left", [1, 8, 12, 22])
+def test_a_last_line_cut_by_a_kill_is_dropped(tmp_path: Path, accelerator: Accelerator, left: int) -> None:
+    assert log_again(tmp_path, accelerator, "".join(LINES) + LINES[0][:left], 4) == "".join(LINES)
+
+
+def test_a_row_logged_after_a_cut_line_begins_a_new_line(tmp_path: Path, accelerator: Accelerator) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(LINES)[:-4], encoding="utf-8")
+    RunLog(tmp_path, experiment(), accelerator, 3).log(4, {"train/loss": 1.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [*ROWS[:4], {"step": 4, "train/loss": 1.0}]
+
+
+def test_every_row_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path, accelerator: Accelerator) -> None:
+    log = RunLog(tmp_path, experiment(), accelerator, 0)
+    log.log(1, {"train/loss": 2.5})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 2.5}
+
+
+def test_no_temporary_file_stays(tmp_path: Path, accelerator: Accelerator) -> None:
+    log_again(tmp_path, accelerator, "".join(LINES), 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_only_the_main_process_writes(
+    tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: False))
+    log = RunLog(tmp_path, experiment(), accelerator, 0)
+    log.log(1, {"train/loss": 2.5})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def tensorboard_folder(tmp_path: Path, accelerator: Accelerator) -> Path:
+    """A run that logged two rows to tensorboard."""
+    tracked = Accelerator(cpu=True, log_with=["tensorboard"], project_dir=str(tmp_path))
+    log = RunLog(tmp_path, experiment(trackers=["tensorboard"], tags=["a", "b"]), tracked, 0)
+    log.log(1, {"train/loss": 2.5})
+    log.log(2, {"train/loss": 1.25})
+    log.close()
+    return tmp_path
+
+
+def read_events(folder: Path) -> list[tuple[int, float]]:
+    events: list[tuple[int, float]] = []
+    for path in sorted(folder.rglob("events.out.tfevents.*")):
+        accumulator = EventAccumulator(str(path))
+        accumulator.Reload()
+        if "train/loss" in accumulator.Tags()["scalars"]:
+            events += [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
+    return events
+
+
+def test_tensorboard_gets_every_row_through_the_same_call(tensorboard_folder: Path) -> None:
+    assert read_events(tensorboard_folder) == [(1, 2.5), (2, 1.25)]
+
+
+def test_metrics_jsonl_is_written_beside_a_tracker(tensorboard_folder: Path) -> None:
+    lines = (tensorboard_folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
