@@ -52,7 +52,6 @@ def save_checkpoint(
     progress: Progress,
     experiment_yaml: str,
     scaler: dict[str, Any] | None,
-    bank: tuple[torch.Tensor, torch.Tensor] | None,
     keep: int,
 ) -> None:
     """Publish `folder/step-N` and remove all but the newest `keep` checkpoints."""
@@ -61,8 +60,6 @@ def save_checkpoint(
         tensors, scalars = _split_optimizer(optimizer.state_dict())
         save_file(tensors, path / "optimizer.safetensors")
         write_json(path / "trainer.json", {**asdict(progress), "optimizer": scalars, "scaler": scaler})
-        if bank:
-            save_file({"keys": bank[0], "codes": bank[1]}, path / "bank.safetensors")
         (path / "experiment.yaml").write_text(experiment_yaml, encoding="utf-8")
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
@@ -76,8 +73,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(
     path: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[Progress, dict[str, Any] | None, tuple[torch.Tensor, torch.Tensor] | None]:
-    """Restore model and optimizer; return the progress, the gradient scaler's state, keys and codes of the bank.
+) -> tuple[Progress, dict[str, Any] | None]:
+    """Restore model and optimizer; return the progress and the state of the gradient scaler.
 
     Raises:
         InputError: If a file is missing or damaged, or the checkpoint is of another model.
@@ -94,9 +91,7 @@ def load_checkpoint(
         )
     tensors = load_file(path / "optimizer.safetensors")
     optimizer.load_state_dict(_join_optimizer(tensors, optimizer_scalars))
-    bank_path = path / "bank.safetensors"
-    bank = load_file(bank_path) if bank_path.is_file() else None
-    return Progress(**stored), scaler, (bank["keys"], bank["codes"]) if bank else None
+    return Progress(**stored), scaler
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -86,7 +86,6 @@ class OptimizationConfig:
         dense_warmup: Share of the steps before the head's warm start, in which the towers train uncompressed.
         warm_start_documents: Documents whose current vectors give the head its starting values.
         warm_start_from: Which documents those are: any of the "corpus" (unlabelled), or only those of training "pairs".
-        code_bank: Keep the codes of those documents, as negatives of every query through the quantizer.
         bucket_batches: Batches sorted together by length; 1 leaves batches random.
     """
 
@@ -105,7 +104,6 @@ class OptimizationConfig:
     dense_warmup: float = 0.3
     warm_start_documents: int = 65_536
     warm_start_from: Literal["corpus", "pairs"] = "corpus"
-    code_bank: bool = True
     bucket_batches: int = 16
 
     def __post_init__(self) -> None:

@@ -3,8 +3,7 @@
 Shapes: B queries a step over all devices, H given negatives a query.
 
 In-batch negatives are the other documents of the batch on every device (`training.distributed.all_gather`);
-documents known to be relevant are left out of the softmax. Given negatives come from the data folder. The code
-bank makes many documents negatives at once: their codes are kept, and refreshed as the documents pass by.
+documents known to be relevant are left out of the softmax. Given negatives come from the data folder.
 """
 
 from __future__ import annotations
@@ -14,15 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from retriever import RetrievalData, TextPair, TokenBatch
+from retriever import RetrievalData, TextPair
 from retriever.errors import InputError
-from retriever.heads import CompressionHead
-from retriever.scores import score_matrix
-from training.losses.base import NOT_KEPT, BankScores
 
-__all__ = ["BatchPlan", "CodeBank", "PairDataset"]
+__all__ = ["BatchPlan", "PairDataset"]
 
 Draw = tuple[int, int]
 """Row of a pair, and the seed of its random choice of negatives."""
@@ -142,45 +137,3 @@ class BatchPlan:
             batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         generator.shuffle(batches)
         return [[(row, generator.getrandbits(62)) for row in batch] for batch in batches]
-
-
-class CodeBank:
-    """Codes of many documents, scored against every query as the index would score them.
-
-    A document costs its code's bytes, not a forward pass, so that a softmax over the whole corpus is affordable.
-    Reconstructions are decoded from the current codebooks: the loss's gradient reaches codebooks and queries.
-    Codes are as old as the document's last pass, and so the positive's must be: were it scored live among kept
-    negatives, the towers would learn to tell fresh from old vectors instead of relevant from irrelevant ones.
-
-    Args:
-        keys: Keys of the documents, (C,); see `retriever.data.document_key`.
-        codes: Their codes, (C, M).
-    """
-
-    def __init__(self, keys: Tensor, codes: Tensor) -> None:
-        order = keys.argsort()
-        self.keys = keys[order]
-        self.codes = codes[order]
-
-    def score(
-        self, queries: Tensor, head: CompressionHead, batch: TokenBatch, positives: Tensor
-    ) -> BankScores:
-        """Return the scores of a batch's queries (B, D) with all reconstructions, and the rows of their positives."""
-        labels, known = self._find(batch.document_keys[positives])
-        rows, relevant = self._find(batch.relevant_keys)  # (B, R)
-        counts = torch.zeros(len(queries), len(self.keys), dtype=torch.int32, device=rows.device)
-        ignore = counts.scatter_add(1, rows, relevant.int()) > 0
-        ignore[known, labels[known]] = False
-        scores = score_matrix(queries, head.decode(self.codes), head.metric)
-        return BankScores(scores=scores, labels=labels.masked_fill(~known, NOT_KEPT), ignore=ignore)
-
-    def update(self, keys: Tensor, codes: Tensor) -> None:
-        """Replace the codes of documents of the bank; others are passed over."""
-        rows, known = self._find(keys)
-        self.codes = self.codes.clone()  # the backward pass still needs the old ones
-        self.codes[rows[known]] = codes[known]
-
-    def _find(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a row for every key, and whether it is the key's."""
-        rows = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
-        return rows, self.keys[rows] == keys

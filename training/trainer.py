@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from index import FaissFit
 from retriever import Collator, InputError, RetrievalData, TokenBatch, embed_documents, read_data
-from retriever.data import document_key, other_relevant
+from retriever.data import other_relevant
 from retriever.heads import QuantizerFit
 from retriever.scores import score_matrix
 from training.card import model_card
@@ -33,7 +33,7 @@ from training.distributed import all_gather
 from training.evaluate import embed_in_shares, evaluate_model, select_evaluation
 from training.experiment import Experiment, OptimizationConfig, dump_experiment, load_experiment
 from training.losses import ScoredBatch
-from training.negatives import BatchPlan, CodeBank, PairDataset
+from training.negatives import BatchPlan, PairDataset
 from training.optimizer import learning_rate_factor, parameter_groups
 from training.tracking import RunLog
 
@@ -72,7 +72,6 @@ class Trainer:
         self.folder = Path(experiment.output)
         self.progress = Progress()
         self.metrics: dict[str, float] = {}
-        self.bank: CodeBank | None = None
 
     def fit(self, *, resume: bool = False) -> TrainingReport:
         """Train, evaluate, and write `best/` and `last/`.
@@ -217,7 +216,7 @@ class Trainer:
         labels = positives + self.accelerator.process_index * own
         documents, reconstruction = all_gather(vectors.documents), all_gather(head.reconstruction)
         keys = all_gather(batch.document_keys)
-        bank, metric = self.bank if compress else None, self.model.head.metric
+        metric = self.model.head.metric
         scored = ScoredBatch(
             dense=score_matrix(vectors.queries, documents, metric),
             compressed=score_matrix(vectors.queries, reconstruction, metric),
@@ -227,13 +226,9 @@ class Trainer:
             reconstruction=head.reconstruction,
             positives=positives,
             log_assignment=head.log_assignment,
-            bank=bank.score(vectors.queries, self.model.head, batch, positives) if bank else None,
         )
         if compress:
-            codes = all_gather(head.codes)
-            self.model.head.count(codes)
-            if bank:
-                bank.update(keys, codes)
+            self.model.head.count(all_gather(head.codes))
         return {**self.loss(scored), **head.losses}, scored
 
     def _clip(self) -> dict[str, float]:
@@ -281,9 +276,6 @@ class Trainer:
         if self.processes > 1:
             for value in head.state_dict().values():
                 torch.distributed.broadcast(value, 0)
-        if optimization.code_bank:
-            keys = torch.tensor([document_key(d.id) for d in documents], device=vectors.device)
-            self.bank = CodeBank(keys, self.model.compress(vectors))
 
     def _training_documents(self) -> set[str]:
         return {document for _, document in self.dataset.rows}
@@ -338,7 +330,6 @@ class Trainer:
                 progress=self.progress,
                 experiment_yaml=dump_experiment(self.experiment),
                 scaler=scaler.state_dict() if scaler else None,
-                bank=(self.bank.keys, self.bank.codes) if self.bank else None,
                 keep=self.experiment.checkpoint.keep,
             )
         self.accelerator.wait_for_everyone()
@@ -361,9 +352,7 @@ class Trainer:
         if path is None:
             return
         self._refuse_changed(path)
-        self.progress, scaler, bank = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
-        if bank:
-            self.bank = CodeBank(*(part.to(self.accelerator.device) for part in bank))
+        self.progress, scaler = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
         if self.progress.processes != self.processes:
             raise InputError(
                 f"{path} was written by {self.progress.processes} processes and cannot continue exactly on "

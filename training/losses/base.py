@@ -1,6 +1,6 @@
 """What every retrieval loss takes and gives.
 
-Shapes: B queries, N documents (of all devices), C documents of the code bank, D dimensions.
+Shapes: B queries, N documents (of all devices), D dimensions.
 """
 
 from __future__ import annotations
@@ -17,24 +17,7 @@ from retriever.heads import HeadConfig
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["NOT_KEPT", "BankScores", "LossConfig", "RetrievalLoss", "ScoredBatch", "check_temperature"]
-
-NOT_KEPT = -100  # label of a query whose positive is not in the bank; torch's cross-entropy passes it over
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BankScores:
-    """Scores of queries with the reconstructions of kept codes.
-
-    Attributes:
-        scores: Scores with the C documents of the bank, (B, C).
-        labels: Row of each query's positive in the bank, `NOT_KEPT` where it has none, (B,).
-        ignore: Other documents of the bank relevant to the query, (B, C).
-    """
-
-    scores: Float[Tensor, "B C"]
-    labels: Int[Tensor, " B"]
-    ignore: Bool[Tensor, "B C"]
+__all__ = ["LossConfig", "RetrievalLoss", "ScoredBatch", "check_temperature"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +33,6 @@ class ScoredBatch:
         reconstruction: The same after compression, (n, D).
         positives: Rows of this device's documents that are positives, (B,).
         log_assignment: log-probability of this device's documents' codes, (n,), or None.
-        bank: Scores of the queries with documents whose codes are kept; None where none are kept.
     """
 
     dense: Float[Tensor, "B N"]
@@ -61,7 +43,6 @@ class ScoredBatch:
     reconstruction: Float[Tensor, "n D"]
     positives: Int[Tensor, " B"]
     log_assignment: Float[Tensor, " n"] | None = None
-    bank: BankScores | None = None
 
 
 class RetrievalLoss(nn.Module, ABC):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from retriever.errors import InputError
 from retriever.heads import HeadConfig, ProductQuantizerConfig
-from training.losses.base import NOT_KEPT, LossConfig, RetrievalLoss, ScoredBatch, check_temperature
+from training.losses.base import LossConfig, RetrievalLoss, ScoredBatch, check_temperature
 from training.losses.contrastive import cross_entropy
 
 __all__ = ["MCL", "MCLConfig"]
@@ -31,8 +31,6 @@ class MCLConfig(LossConfig):
         assignment_weight: Weight of -log P(codes of the positive); in the paper, not in the release. Needs a
             head with the estimator "softmax".
         reconstruction_weight: Weight of the mean squared error between vectors and reconstructions.
-        bank_weight: Weight of the cross-entropy over all documents whose codes are kept (our addition; see
-            `training.negatives.CodeBank`). No effect where no codes are kept.
     """
 
     name: ClassVar[str] = "mcl"
@@ -41,11 +39,10 @@ class MCLConfig(LossConfig):
     dense_weight: float = 1.0
     assignment_weight: float = 0.0
     reconstruction_weight: float = 1e-8
-    bank_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        for name in ("dense_weight", "assignment_weight", "reconstruction_weight", "bank_weight"):
+        for name in ("dense_weight", "assignment_weight", "reconstruction_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be zero or more, got {getattr(self, name)}.")
 
@@ -80,10 +77,6 @@ class MCL(RetrievalLoss):
         parts = {
             "compressed": cross_entropy(batch.compressed, batch.labels, batch.ignore, config.temperature)
         }
-        if batch.bank and config.bank_weight:
-            scores = (batch.bank.scores / config.temperature).masked_fill(batch.bank.ignore, float("-inf"))
-            total = F.cross_entropy(scores, batch.bank.labels, ignore_index=NOT_KEPT, reduction="sum")
-            parts["bank"] = config.bank_weight * total / len(scores)
         if config.dense_weight:
             dense = cross_entropy(batch.dense, batch.labels, batch.ignore, config.temperature)
             parts["dense"] = config.dense_weight * dense
