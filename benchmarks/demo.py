@@ -4,7 +4,8 @@ Systems, on the same held-out queries, the same training pairs, steps and seed:
 
   dense, before training   the pretrained encoder, float32 vectors, IndexFlatIP
   dense, fine-tuned        the same after contrastive training
-  fine-tuned + FAISS OPQ   the usual way: OPQ + PQ trained by FAISS on all of those vectors, then added
+  fine-tuned + FAISS OPQ   the usual way: OPQ + PQ trained by FAISS on all of those vectors, then added; searched by
+                           inner product, as the vectors were trained, and by L2, the score that Endex trains for
   Endex                    towers and product quantizer trained together, codes copied into FAISS
 
 `index seconds` is what turns vectors or codes into a searchable index: FAISS train + add, or, for Endex, copying.
@@ -94,7 +95,7 @@ def run_systems(experiment: Experiment, data: RetrievalData, out: Path) -> list[
     if not isinstance(head, ProductQuantizerConfig):
         raise InputError("this benchmark compares product quantizers: the recipe's head must be pq.")
     print("3/4 the usual way: FAISS OPQ on those vectors", flush=True)
-    rows.append(post_hoc_row(x, q, data, head))
+    rows += post_hoc_rows(x, q, data, head)
     print("4/4 Endex: towers and quantizer together, then export", flush=True)
     report = Trainer(replace(experiment, output=str(out / "endex"))).fit()
     exported = export_index(
@@ -122,14 +123,14 @@ def dense_row(system: str, x: torch.Tensor, q: torch.Tensor, data: RetrievalData
     return row(system, 4 * x.shape[1], search(flat, q, data), seconds)
 
 
-def post_hoc_row(
+def post_hoc_rows(
     x: torch.Tensor, q: torch.Tensor, data: RetrievalData, head: ProductQuantizerConfig
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
     """Measure FAISS's own OPQ + PQ of the same size, trained on the vectors that are then indexed."""
     books, bits = head.num_codebooks, head.codebook_bits
     name = f"OPQ{books},PQ{books}x{bits}"
     faiss = load_faiss()
-    usual = faiss.index_factory(x.shape[1], name, getattr(faiss, metric))
+    usual = faiss.index_factory(x.shape[1], name, faiss.METRIC_INNER_PRODUCT)
     inner = faiss.ProductQuantizer(x.shape[1], books, bits)  # what OPQ makes for itself, with a quiet k-means
     faiss.downcast_VectorTransform(usual.chain.at(0)).pq = inner
     for quantizer in (inner, faiss.downcast_index(usual.index).pq):
@@ -137,15 +138,17 @@ def post_hoc_row(
     start = time.perf_counter()
     usual.train(x.numpy())
     usual.add(x.numpy())
-    return row(
-        f"fine-tuned + FAISS {name}", (books * bits + 7) // 8, search(usual, q, data), seconds_since(start)
-    )
+    seconds, size = seconds_since(start), (books * bits + 7) // 8
+    rows = [row(f"fine-tuned + FAISS {name}", size, search(usual, q, data), seconds)]
+    usual.metric_type = usual.index.metric_type = faiss.METRIC_L2  # the same codes, the other score
+    return [*rows, row(f"fine-tuned + FAISS {name}, L2", size, search(usual, q, data), seconds)]
 
 
 def search(built: Any, q: torch.Tensor, data: RetrievalData) -> dict[str, float]:
     """Return the measures of a FAISS index."""
     ids = np.array(list(data.documents), dtype=object)
     scores, found = built.search(q.numpy(), min(100, built.ntotal))
+    scores = -scores if built.metric_type == load_faiss().METRIC_L2 else scores
     results = {
         name: dict(zip(ids[hits], map(float, values), strict=True))
         for name, hits, values in zip(data.qrels, found, scores, strict=True)

@@ -95,15 +95,6 @@ def with_small_scores(batch: ScoredBatch) -> ScoredBatch:
     return replace(batch, dense=0.05 * batch.dense, compressed=0.05 * batch.compressed)
 
 
-def with_bank(batch: ScoredBatch, generator: torch.Generator) -> ScoredBatch:
-    """Return the batch with seven kept documents a query, the first of them ignored by every query."""
-    ignore = torch.rand(B, 7, generator=generator) < 0.3
-    ignore[:, 0] = True
-    return replace(
-        batch, bank=torch.randn(B, 7, generator=generator, dtype=torch.float64), bank_ignore=ignore
-    )
-
-
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0])
 def test_contrastive_is_minus_log_softmax_of_the_positive(batch: ScoredBatch, temperature: float) -> None:
     value = total(ContrastiveConfig(temperature=temperature).build(), batch)
@@ -198,32 +189,6 @@ def test_mcl_dense_weight_multiplies_the_dense_part(batch: ScoredBatch) -> None:
     parts = MCLConfig(temperature=1.0, dense_weight=2.5).build()(batch)
     expected = 2.5 * softmax_cross_entropy(batch, batch.dense, 1.0)
     assert parts["dense"].item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_mcl_counts_the_kept_documents_as_negatives_of_the_compressed_scores(
-    batch: ScoredBatch, generator: torch.Generator
-) -> None:
-    batch = with_bank(batch, generator)
-    joined = replace(
-        batch,
-        compressed=torch.cat([batch.compressed, batch.bank], 1),
-        ignore=torch.cat([batch.ignore, batch.bank_ignore], 1),
-    )
-    part = MCLConfig(temperature=0.5).build()(batch)["compressed"]
-    expected = softmax_cross_entropy(joined, joined.compressed, 0.5)
-    assert part.item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_ignored_kept_documents_do_not_change_mcl(batch: ScoredBatch, generator: torch.Generator) -> None:
-    batch, loss = with_bank(batch, generator), MCLConfig().build()
-    assert total(loss, replace(batch, bank=batch.bank + 9.0 * batch.bank_ignore)) == total(loss, batch)
-
-
-def test_kept_documents_do_not_change_the_dense_part_of_mcl(
-    batch: ScoredBatch, generator: torch.Generator
-) -> None:
-    loss = MCLConfig().build()
-    assert loss(with_bank(batch, generator))["dense"] == loss(batch)["dense"]
 
 
 @pytest.mark.parametrize("config", [ContrastiveConfig, MCLConfig])

@@ -10,8 +10,7 @@ import torch
 
 from retriever import Document, InputError, RetrievalData
 from retriever.data import document_key, other_relevant
-from retriever.heads import ProductQuantizer, ProductQuantizerConfig
-from training.negatives import BatchPlan, CodeBank, PairDataset
+from training.negatives import BatchPlan, PairDataset
 
 
 @pytest.fixture
@@ -248,78 +247,3 @@ def test_document_keys_are_positive_and_distinct(fresh: random.Random) -> None:
     keys = {document_key(f"{fresh.getrandbits(64)}/{i}") for i in range(10_000)}
     assert len(keys) == 10_000
     assert all(0 < key < 2**63 for key in keys)
-
-
-@pytest.fixture(params=["inner_product", "l2"])
-def head(request: pytest.FixtureRequest, fresh: random.Random) -> ProductQuantizer:
-    torch.manual_seed(fresh.getrandbits(32))
-    config = ProductQuantizerConfig(num_codebooks=3, codebook_bits=2, rotation="none", metric=request.param)
-    return config.build(6)
-
-
-@pytest.fixture
-def bank(fresh: random.Random) -> tuple[CodeBank, dict[int, list[int]]]:
-    """A bank of 40 documents, and what it must hold: codes by key."""
-    keys = [document_key(f"{fresh.getrandbits(64)}") for _ in range(40)]
-    codes = [[fresh.randrange(4) for _ in range(3)] for _ in keys]
-    return CodeBank(torch.tensor(keys), torch.tensor(codes)), dict(zip(keys, codes, strict=True))
-
-
-Bank = tuple[CodeBank, dict[int, list[int]]]
-
-
-def test_the_bank_scores_every_document_by_its_own_codes(bank: Bank, head: ProductQuantizer) -> None:
-    kept, codes = bank
-    queries = torch.randn(5, 6)
-    documents = torch.stack(
-        [
-            torch.cat([head.codebooks[m, code] for m, code in enumerate(codes[key])])
-            for key in kept.keys.tolist()
-        ]
-    )
-    scores = {"inner_product": queries @ documents.T, "l2": 1 - torch.cdist(queries, documents) ** 2 / 2}
-    torch.testing.assert_close(kept.scores(queries, head), scores[head.metric], rtol=1e-5, atol=1e-5)
-
-
-def test_the_banks_scores_send_a_gradient_to_the_codebooks(bank: Bank, head: ProductQuantizer) -> None:
-    bank[0].scores(torch.randn(5, 6), head).square().sum().backward()
-    used = torch.zeros(3, 4, dtype=torch.bool)
-    for codes in bank[1].values():
-        used[range(3), codes] = True
-    assert torch.equal(head.codebooks.grad.abs().sum(-1) > 0, used)
-
-
-def test_the_bank_ignores_exactly_relevant_documents_and_those_of_the_batch(
-    bank: Bank, fresh: random.Random
-) -> None:
-    kept = bank[0]
-    pool = [*kept.keys.tolist(), *(document_key(f"elsewhere{i}") for i in range(40))]
-    relevant = [[*fresh.sample(pool, 5), 0, 0] for _ in range(6)]
-    batch = fresh.sample(pool, 12)
-    mask = kept.ignore(torch.tensor(relevant), torch.tensor(batch))
-    expected = [[key in batch or key in row for key in kept.keys.tolist()] for row in relevant]
-    assert mask.tolist() == expected
-
-
-def test_an_update_of_the_bank_replaces_the_codes_of_known_documents_only(
-    bank: Bank, fresh: random.Random
-) -> None:
-    kept, codes = bank
-    new = {key: [fresh.randrange(4) for _ in range(3)] for key in fresh.sample(list(codes), 9)}
-    strangers = {document_key(f"elsewhere{i}"): [9, 9, 9] for i in range(20)}
-    changed = list({**new, **strangers}.items())
-    fresh.shuffle(changed)
-    kept.update(torch.tensor([key for key, _ in changed]), torch.tensor([row for _, row in changed]))
-    assert dict(zip(kept.keys.tolist(), kept.codes.tolist(), strict=True)) == {**codes, **new}
-
-
-def test_an_update_of_the_bank_leaves_a_gradient_in_flight_intact(bank: Bank, head: ProductQuantizer) -> None:
-    """The trainer refreshes codes between forward and backward."""
-    kept = bank[0]
-    queries = torch.randn(5, 6)
-    kept.scores(queries, head).sum().backward()
-    expected, head.codebooks.grad = head.codebooks.grad, None
-    scores = kept.scores(queries, head).sum()
-    kept.update(kept.keys, (kept.codes + 1) % 4)
-    scores.backward()
-    torch.testing.assert_close(head.codebooks.grad, expected)
