@@ -5,6 +5,8 @@ FAISS ?= cpu# cpu, gpu or cuvs: the FAISS wheels exclude each other
 VENV := .venv
 BIN := $(VENV)/bin
 
+export OMP_WAIT_POLICY ?= passive# torch and FAISS bring an OpenMP each: spinning threads starve the other
+
 .PHONY: install demo test unit lint clean
 
 install: $(VENV)/installed

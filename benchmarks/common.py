@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `endex` does, see launch/main.py
 
 import torch
 from rich.console import Console
@@ -18,7 +21,7 @@ from rich.table import Table
 from launch.env import describe
 from retriever.folder import write_json
 
-__all__ = ["benchmark_parser", "print_table", "write_result"]
+__all__ = ["benchmark_parser", "print_table", "seconds_since", "write_result"]
 
 
 def benchmark_parser(description: str | None) -> argparse.ArgumentParser:

@@ -20,9 +20,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import common
 import numpy as np
 import torch
-from common import benchmark_parser, print_table, seconds_since, write_result
 
 from index import IndexConfig, Searcher, export_index
 from index._faiss import load_faiss
@@ -37,7 +37,7 @@ COLUMNS = ("ndcg@10", "mrr@10", "recall@100")
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
+    parser = common.benchmark_parser(__doc__)
     parser.add_argument(
         "--config", type=Path, default=Path("configs/pycode.yaml"), help="recipe of the Endex system"
     )
@@ -63,12 +63,12 @@ def main() -> None:
     data = read_data(source, options.split)
     rows = run_systems(experiment, data, options.out)
     title = f"{len(data.qrels):,} held-out queries, {len(data.documents):,} documents, seed {options.seed}"
-    print_table(title, [{name: value for name, value in row.items()} for row in rows])
+    common.print_table(title, [{name: value for name, value in row.items()} for row in rows])
     show_hits(Searcher(options.out / "index"), data)
     write_json(options.out / "results.json", rows)  # type: ignore[arg-type]
-    write_result(options.json, options, rows, seconds=seconds_since(started), data=title)
+    common.write_result(options.json, options, rows, seconds=common.seconds_since(started), data=title)
     print(
-        f"\nall of it took {seconds_since(started) / 60:.1f} minutes; the table is in {options.out / 'results.json'}"
+        f"\nall of it took {common.seconds_since(started) / 60:.1f} minutes; the table is in {options.out / 'results.json'}"
     )
 
 
@@ -119,7 +119,7 @@ def dense_row(system: str, x: torch.Tensor, q: torch.Tensor, data: RetrievalData
     start = time.perf_counter()
     flat = load_faiss().IndexFlatIP(x.shape[1])
     flat.add(x.numpy())
-    seconds = seconds_since(start)
+    seconds = common.seconds_since(start)
     return row(system, 4 * x.shape[1], search(flat, q, data), seconds)
 
 
@@ -138,7 +138,7 @@ def post_hoc_rows(
     start = time.perf_counter()
     usual.train(x.numpy())
     usual.add(x.numpy())
-    seconds, size = seconds_since(start), (books * bits + 7) // 8
+    seconds, size = common.seconds_since(start), (books * bits + 7) // 8
     rows = [row(f"fine-tuned + FAISS {name}", size, search(usual, q, data), seconds)]
     usual.metric_type = usual.index.metric_type = faiss.METRIC_L2  # the same codes, the other score
     return [*rows, row(f"fine-tuned + FAISS {name}, L2", size, search(usual, q, data), seconds)]

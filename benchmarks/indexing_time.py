@@ -17,9 +17,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import common
 import numpy as np
 import torch
-from common import benchmark_parser, print_table, seconds_since, write_result
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -39,7 +39,7 @@ FORMS = {  # name -> (rotation, builder, its options)
 
 
 def main() -> None:
-    parser = benchmark_parser(__doc__)
+    parser = common.benchmark_parser(__doc__)
     parser.add_argument("--vectors", type=int, default=50_000, help="vectors indexed")
     parser.add_argument("--texts", type=int, default=4_000, help="real texts embedded")
     parser.add_argument("--codebooks", type=int, default=16, help="M, bytes a document")
@@ -47,21 +47,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="times each form is built both ways")
     options = parser.parse_args()
     if options.quick:
-        options.vectors, options.texts, options.rounds = 5_000, 300, 1
+        options.vectors, options.texts, options.rounds = 10_000, 300, 1
     torch.manual_seed(options.seed)
     real, per_text = embed_real(options)
     x = mixtures(real, options.vectors, options.seed)
     rows = []
     for form in tqdm(FORMS, desc="forms"):
         rows.append(compare(form, x, per_text * len(x), options))
-    print_table(
+    common.print_table(
         f"{len(x):,} x {x.shape[1]} vectors, {options.codebooks} bytes each; encoding as many texts takes "
         f"{per_text * len(x):,.1f} s at {1 / per_text:,.0f} texts/s",
         rows,
         caption="copy/usual: copying codebooks and codes against FAISS train + add; goal 0.001 at most.\n"
         "(assign + copy)/encode: what the index adds to the time of encoding the texts; goal 0.01 at most.",
     )
-    write_result(options.json, options, rows, seconds_per_text=per_text)
+    common.write_result(options.json, options, rows, seconds_per_text=per_text)
 
 
 def embed_real(options: Any) -> tuple[torch.Tensor, float]:
@@ -74,7 +74,7 @@ def embed_real(options: Any) -> tuple[torch.Tensor, float]:
     embed_documents(model, documents[:64], precision="bf16")  # warm caches
     start = time.perf_counter()
     vectors = embed_documents(model, documents, precision="bf16")
-    return vectors, seconds_since(start) / len(documents)
+    return vectors, common.seconds_since(start) / len(documents)
 
 
 def mixtures(real: torch.Tensor, count: int, seed: int) -> torch.Tensor:
@@ -98,11 +98,11 @@ def compare(form: str, x: torch.Tensor, encode_seconds: float, options: Any) -> 
         head = head_of(usual, config, x.shape[1])
         start = time.perf_counter()
         codes = pack_codes(head.encode(x), config.codebook_bits)
-        assign_seconds.append(seconds_since(start))
+        assign_seconds.append(common.seconds_since(start))
         export = head.export()
         start = time.perf_counter()
         ours = builder.build(export, codes)
-        copy_seconds.append(seconds_since(start))
+        copy_seconds.append(common.seconds_since(start))
         overlaps.append(overlap(usual, ours, x[:200].numpy()))
     usual, assign, copy = median(usual_seconds), median(assign_seconds), median(copy_seconds)
     return {
@@ -129,7 +129,7 @@ def build_usual(x: torch.Tensor, config: ProductQuantizerConfig, kind: str) -> t
     start = time.perf_counter()
     built.train(x.numpy())
     built.add(x.numpy())
-    return built, seconds_since(start)
+    return built, common.seconds_since(start)
 
 
 def head_of(built: Any, config: ProductQuantizerConfig, dim: int) -> ProductQuantizer:

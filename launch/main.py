@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, words: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # torch and FAISS bring an OpenMP each; spinning threads of one keep the cores from the other (6 times slower
+    # k-means on two busy cores). Read when the libraries load, so it is set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from retriever.errors import InputError
 
     run: Callable[[list[str]], int] = import_module(VERBS[verb][0]).run

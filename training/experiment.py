@@ -94,7 +94,7 @@ class OptimizationConfig:
     batch_size: int = 64
     accumulation: int = 1
     lr: float = 5e-5
-    head_lr: float = 1e-3
+    head_lr: float = 1e-4
     weight_decay: float = 0.01
     warmup: float = 0.1
     schedule: Schedule = "linear"

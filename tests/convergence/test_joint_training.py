@@ -25,7 +25,7 @@ from training.losses import ContrastiveConfig, LossConfig, MCLConfig
 SEEDS = (0, 1, 2)
 NUM_WORDS, NUM_DOCUMENTS, DIM = 300, 400, 32
 SIZE = {"num_codebooks": 4, "codebook_bits": 4}  # 2 bytes a document instead of 128
-MOPQ = ProductQuantizerConfig(**SIZE, metric="inner_product", estimator="softmax", selection_temperature=0.05)
+MOPQ = ProductQuantizerConfig(**SIZE, metric="l2", estimator="softmax", selection_temperature=0.05)
 MEASURE = "compressed/ndcg@10"
 
 
@@ -95,14 +95,16 @@ def dev(folder: Path) -> RetrievalData:
     return read_data(folder / "data", "dev")
 
 
-def train(folder: Path, name: str, seed: int, head: HeadConfig, loss: LossConfig) -> DualEncoder:
+def train(
+    folder: Path, name: str, seed: int, head: HeadConfig, loss: LossConfig, steps: int = 200
+) -> DualEncoder:
     experiment = Experiment(
         output=str(folder / name),
         model=DualEncoderConfig(encoder=str(folder / "model"), query_max_length=8, document_max_length=16),
         head=head,
         loss=loss,
         data=DataConfig(source=str(folder / "data")),
-        optimization=OptimizationConfig(steps=120, batch_size=64, lr=3e-3),
+        optimization=OptimizationConfig(steps=steps, batch_size=64, lr=3e-3),
         seed=seed,
     )
     return DualEncoder.load(Trainer(experiment, progress=False).fit().last)
@@ -111,13 +113,13 @@ def train(folder: Path, name: str, seed: int, head: HeadConfig, loss: LossConfig
 @pytest.fixture(scope="module")
 def joint(folder: Path, seed: int) -> DualEncoder:
     """Towers and codebooks trained together in MoPQ's way."""
-    return train(folder, "joint", seed, MOPQ, MCLConfig())
+    return train(folder, "joint", seed, MOPQ, MCLConfig(temperature=0.1))
 
 
 @pytest.fixture(scope="module")
 def default(folder: Path, seed: int) -> DualEncoder:
     """Towers and codebooks trained together with every default."""
-    return train(folder, "default", seed, ProductQuantizerConfig(**SIZE), MCLConfig())
+    return train(folder, "default", seed, ProductQuantizerConfig(**SIZE), MCLConfig(), steps=100)
 
 
 @pytest.fixture(scope="module")
@@ -159,10 +161,10 @@ def test_joint_training_beats_quantizing_a_dense_model_afterwards(
         post_hoc(dense, dev, ProductQuantizerConfig(**SIZE, metric=metric), seed)
         for metric in ("inner_product", "l2")
     )
-    assert evaluate_model(joint, dev)[MEASURE] > afterwards + 0.01
+    assert evaluate_model(joint, dev)[MEASURE] > afterwards + 0.02
 
 
 def test_default_training_beats_random_codebooks_under_the_same_towers(
     default: DualEncoder, dev: RetrievalData, seed: int
 ) -> None:
-    assert evaluate_model(default, dev)[MEASURE] > random_codebooks(default, dev, seed) + 0.1
+    assert evaluate_model(default, dev)[MEASURE] > random_codebooks(default, dev, seed) + 0.05
