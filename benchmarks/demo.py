@@ -67,9 +67,8 @@ def main() -> None:
     show_hits(Searcher(options.out / "index"), data)
     write_json(options.out / "results.json", rows)  # type: ignore[arg-type]
     common.write_result(options.json, options, rows, seconds=common.seconds_since(started), data=title)
-    print(
-        f"\nall of it took {common.seconds_since(started) / 60:.1f} minutes; the table is in {options.out / 'results.json'}"
-    )
+    minutes = common.seconds_since(started) / 60
+    print(f"\nall of it took {minutes:.1f} minutes; the table is in {options.out / 'results.json'}")
 
 
 def make_pairs(folder: Path, documents: int) -> Path:
