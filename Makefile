@@ -19,7 +19,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/python benchmarks/demo.py --out runs/demo
+	$(BIN)/python benchmarks/demo.py --out runs/demo --json runs/demo/benchmark.json
 
 test: install lint
 	$(BIN)/pytest -q

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from training.experiment import (
 )
 from training.losses import ContrastiveConfig, MCLConfig
 from training.negatives import BatchPlan, PairDataset
+from training.optimizer import parameter_groups
 
 ROOT = Path(__file__).parents[2]
 
@@ -373,6 +374,61 @@ def test_the_first_logged_loss_is_the_formula_on_the_planned_batch(
             }
             losses.append(-np.log(terms[own] / sum(terms.values())))
     assert series(tmp_path / "run", "train/loss")[0] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_no_step_uses_a_gradient_longer_than_the_limit(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Towers and head apart; groups of the optimizer are matrices and vectors of the towers, then the head."""
+    norms: list[tuple[float, float]] = []
+    step = torch.optim.AdamW.step
+
+    def record(self: torch.optim.AdamW, *words: Any, **options: Any) -> Any:
+        gradients = [[p.grad.norm() for p in g["params"] if p.grad is not None] for g in self.param_groups]
+        towers, head = gradients[0] + gradients[1], gradients[2]
+        norms.append(tuple(torch.stack(part).norm().item() if part else 0.0 for part in (towers, head)))
+        return step(self, *words, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", record)
+    experiment = make_experiment(
+        tiny_model, tiny_data, tmp_path / "run", optimization={"max_grad_norm": 0.01}
+    )
+    Trainer(experiment, progress=False).fit()
+    assert len(norms) == 10
+    assert np.max(norms, axis=0) == pytest.approx([0.01, 0.01], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fall"),
+    [
+        ("constant", lambda share: 1.0),
+        ("linear", lambda share: 1 - share),
+        ("cosine", lambda share: (1 + np.cos(np.pi * share)) / 2),
+    ],
+)
+def test_learning_rates_rise_linearly_and_fall_as_the_schedule_says(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, schedule: str, fall: Callable[[float], float]
+) -> None:
+    experiment = make_experiment(
+        tiny_model,
+        tiny_data,
+        tmp_path / "run",
+        optimization={"steps": 10, "lr": 0.001, "warmup": 0.4, "schedule": schedule},
+    )
+    Trainer(experiment, progress=False).fit()
+    rates = 1000 * np.array(series(tmp_path / "run", "train/lr"))
+    expected = [0.2, 0.4, 0.6, 0.8, *(fall(step / 6) for step in range(6))]
+    np.testing.assert_allclose(rates, expected, rtol=1e-9)
+
+
+def test_weight_decay_pulls_matrices_of_the_towers_only(tiny_model: Path, tiny_data: Path) -> None:
+    model = make_experiment(tiny_model, tiny_data, tiny_data).model.build(HEADS[0])
+    groups = parameter_groups(model, OptimizationConfig(weight_decay=0.3))
+    decayed = {id(p) for group in groups if group["weight_decay"] == 0.3 for p in group["params"]}
+    others = {id(p) for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
+    expected = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("head.")}
+    assert decayed == expected
+    assert others == {id(p) for p in model.parameters()} - expected
 
 
 def test_given_negatives_train_with_the_quantizer(

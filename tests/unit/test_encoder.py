@@ -161,7 +161,7 @@ def test_saving_another_encoder_of_the_same_tokenizer_does_not_change_the_length
 
 
 def test_plain_transformer_gets_the_default_settings(tiny_model: Path) -> None:
-    assert Encoder.load(tiny_model).settings == EncoderSettings()
+    assert Encoder.load(tiny_model, max_length=20).settings == EncoderSettings(max_length=20)
 
 
 def test_setting_that_is_none_keeps_the_saved_one(tiny_model: Path, tmp_path: Path) -> None:
@@ -172,8 +172,8 @@ def test_setting_that_is_none_keeps_the_saved_one(tiny_model: Path, tmp_path: Pa
 
 def test_given_setting_overrides_the_saved_one(tiny_model: Path, tmp_path: Path) -> None:
     Encoder.load(tiny_model, pooling="cls", normalize=True, query_prompt="w1 ").save(tmp_path / "model")
-    loaded = Encoder.load(tmp_path / "model", pooling="last", normalize=False, query_prompt="")
-    assert loaded.settings == EncoderSettings(pooling="last", normalize=False, query_prompt="")
+    loaded = Encoder.load(tmp_path / "model", pooling="last", normalize=False, max_length=9, query_prompt="")
+    assert loaded.settings == EncoderSettings(pooling="last", normalize=False, max_length=9)
 
 
 @pytest.mark.parametrize("normalize", [True, False])

@@ -209,6 +209,12 @@ def test_a_selection_does_not_depend_on_the_order_of_the_data(fresh: random.Rand
     )
 
 
+def test_a_selection_does_not_favour_names_that_sort_first(fresh: random.Random) -> None:
+    data = make_data(fresh)
+    selected = select_evaluation(data, queries=10, documents=60)
+    assert set(selected.queries) != set(sorted(data.queries)[:10])
+
+
 @pytest.fixture(scope="module")
 def data(tiny_data: Path) -> RetrievalData:
     return read_data(tiny_data, "train")

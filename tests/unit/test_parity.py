@@ -192,6 +192,27 @@ def test_list_that_is_not_probed_is_found() -> None:
         check(case, built)
 
 
+class Reordered:
+    """An index that returns the first two results the wrong way round."""
+
+    def __init__(self, built: FaissIndex) -> None:
+        self.built = built
+        self.ntotal, self.metric_type = built.ntotal, built.metric_type
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        order = [1, 0, *range(2, k)]
+        scores, rows = self.built.search(queries, k)
+        return scores[:, order], rows[:, order]
+
+
+@every_metric
+def test_results_out_of_order_are_found(metric: str) -> None:
+    case = make_case(0, metric=metric)
+    built = PQBuilder().build(case.export, case.packed)
+    with pytest.raises(ParityError, match="out of order"):
+        check(case, Reordered(built))
+
+
 def test_score_that_is_not_a_number_is_found() -> None:
     case = make_flat_case(0)
     built = FlatBuilder().build(case.export, case.packed)

@@ -35,7 +35,9 @@ PQ = ProductQuantizerConfig(num_codebooks=4, codebook_bits=4)
 N = 80  # documents of the tiny data
 
 
-def make_model(tiny_model: Path, documents: list[Document], head: HeadConfig, seed: int = 0) -> DualEncoder:
+def make_model(
+    tiny_model: Path, documents: list[Document], head: HeadConfig, seed: int = 0, *, tie: bool = True
+) -> DualEncoder:
     """Return a model whose codewords are sub-vectors of documents, behind a random rotation."""
     config = DualEncoderConfig(
         encoder=str(tiny_model),
@@ -43,6 +45,7 @@ def make_model(tiny_model: Path, documents: list[Document], head: HeadConfig, se
         document_max_length=32,
         query_prompt="w100 ",
         document_prompt="w101 ",
+        tie=tie,
     )
     model = config.build(head).eval()
     if isinstance(head, ProductQuantizerConfig):
@@ -186,6 +189,26 @@ def test_query_tower_of_the_model_folder_gives_the_same_results(
     assert model_ids == ids
 
 
+def test_queries_are_embedded_by_the_query_tower(
+    tiny_model: Path, documents: list[Document], queries: list[str], tmp_path: Path
+) -> None:
+    model = make_model(tiny_model, documents, PQ, tie=False)
+    with torch.no_grad():
+        for parameter in model.query_encoder.parameters():
+            parameter.mul_(1.1)
+    model.save(tmp_path / "model")
+    export(tmp_path / "model", documents, tmp_path / "index")
+    scores, _ = Searcher(tmp_path / "index").search(queries, k=5)
+    exact = exact_scores(model, documents, queries)
+    np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :5], rtol=0, atol=1e-5)
+
+
+def test_queries_are_cut_at_the_length_of_queries(index_folder: Path) -> None:
+    searcher, words = Searcher(index_folder), [f"w{i}" for i in range(40)]
+    short, long = " ".join(words[:20]), " ".join(words)  # both longer than 16 tokens, one than 32
+    np.testing.assert_array_equal(searcher.search([short])[0], searcher.search([long])[0])
+
+
 def test_more_results_than_documents_are_cut_at_the_corpus(index_folder: Path, queries: list[str]) -> None:
     scores, ids = Searcher(index_folder).search(queries[:2], k=1000)
     assert scores.shape == (2, N)
@@ -290,6 +313,33 @@ def test_stored_document_is_that_of_the_corpus(
     index_folder: Path, documents: list[Document], row: int
 ) -> None:
     assert Searcher(index_folder).document(row) == documents[row]
+
+
+def test_corpus_encoded_in_several_chunks_gives_the_same_files(
+    index_folder: Path,
+    model_folder: Path,
+    documents: list[Document],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("index.encode.CHUNK", 32)
+    export(model_folder, documents, tmp_path / "index")
+    for name in ("docid", "documents.jsonl", "documents.offsets"):
+        assert (tmp_path / "index" / name).read_bytes() == (index_folder / name).read_bytes()
+
+
+def test_corpus_encoded_in_several_chunks_gives_the_same_results(
+    index_folder: Path,
+    model_folder: Path,
+    documents: list[Document],
+    queries: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("index.encode.CHUNK", 32)
+    export(model_folder, documents, tmp_path / "index")
+    scores, _ = Searcher(tmp_path / "index").search(queries)
+    np.testing.assert_allclose(scores, Searcher(index_folder).search(queries)[0], rtol=0, atol=1e-5)
 
 
 def test_stored_texts_may_hold_any_character(model_folder: Path, tmp_path: Path) -> None:
