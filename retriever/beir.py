@@ -230,7 +230,10 @@ def _judgements(source: str | Path, split: str) -> Iterator[tuple[str, str, str,
             raise InputError(
                 f"{where}: judgements need the columns query-id, corpus-id, score; got {sorted(row)}."
             )
-        yield where, str(query), str(document), int(row.get("score", 1))
+        score = row.get("score", 1)
+        if not isinstance(score, int | float) or score != int(score):
+            raise InputError(f"{where}: the score must be a whole number, got {score!r}. Correct the row.")
+        yield where, str(query), str(document), int(score)
 
 
 def _tsv_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str, int]]:
@@ -262,9 +265,8 @@ def _tsv_judgements(folder: Path, split: str) -> Iterator[tuple[str, str, str, i
 def _is_datasets_folder(folder: Path) -> bool:
     """Whether a local folder is a Hub-style data set (README.md with `configs:`) instead of the BEIR layout."""
     card = folder / "README.md"
-    return (
-        _find(folder, "corpus") is None and card.is_file() and "configs:" in card.read_text(encoding="utf-8")
-    )
+    beir = _find(folder, "corpus") is not None and any((folder / "qrels").glob("*.tsv"))
+    return not beir and card.is_file() and "configs:" in card.read_text(encoding="utf-8")
 
 
 def _hub_rows(name: str, table: str, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -286,6 +288,8 @@ def _hub_rows(name: str, table: str, split: str | None) -> Iterator[tuple[str, d
     for repository, config in candidates:
         try:
             tables = datasets.load_dataset(repository, config, streaming=True)
+            if split and split not in tables:
+                raise KeyError(f"has no split {split}; choose from {', '.join(sorted(tables))}")
             rows = tables[split or (table if table in tables else next(iter(tables)))]
         except (OSError, ValueError, KeyError) as error:
             reasons.append(f"{repository}[{config}]: {' '.join(str(error).split())[:120]}")

@@ -147,7 +147,8 @@ class Encoder(nn.Module):
             raise InputError(f"the model {str(model)!r} cannot be loaded: {reason}") from error
         if tokenizer.pad_token is None:  # decoder models often have none
             tokenizer.pad_token = tokenizer.eos_token
-        settings = _read_sentence_transformers(source, revision)
+        positions = getattr(backbone.config, "max_position_embeddings", None) or tokenizer.model_max_length
+        settings = _read_sentence_transformers(source, revision, min(tokenizer.model_max_length, positions))
         given = {name: value for name, value in changes.items() if value is not None}
         return cls(backbone, tokenizer, replace(settings, **given))
 
@@ -240,8 +241,11 @@ def _hub_file(source: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if found else None
 
 
-def _read_sentence_transformers(source: str, revision: str | None) -> EncoderSettings:
-    """Return the settings that a sentence-transformers folder or repository states; defaults if it is none."""
+def _read_sentence_transformers(source: str, revision: str | None, longest: int) -> EncoderSettings:
+    """Return the settings that a sentence-transformers folder or repository states; defaults if it is none.
+
+    `longest` is the model's own limit, which counts where no length is written (sentence-transformers >= 5.4).
+    """
     modules_path = _hub_file(source, "modules.json", revision)
     if modules_path is None:
         return EncoderSettings()
@@ -256,13 +260,16 @@ def _read_sentence_transformers(source: str, revision: str | None) -> EncoderSet
             f"the model {source!r} has a module {unknown[0]!r} after its transformer, which Endex does not carry. "
             "Use a model of Transformer, Pooling and Normalize only."
         )
-    settings: dict[str, Any] = {"normalize": "Normalize" in kinds}
+    settings: dict[str, Any] = {"normalize": "Normalize" in kinds, "max_length": longest}
     pooling_folder = next((m["path"] for m, k in zip(modules, kinds, strict=True) if k == "Pooling"), None)
     if pooling_folder is not None:
         path = _hub_file(source, f"{pooling_folder}/config.json", revision)
         settings["pooling"] = _read_pooling(read_json(path), str(source)) if path else "mean"
     if path := _hub_file(source, "sentence_bert_config.json", revision):
-        if length := read_json(path).get("max_seq_length"):
+        transformer = read_json(path)
+        if transformer.get("do_lower_case"):
+            raise InputError(f"the model {source!r} sets do_lower_case, which Endex leaves to the tokenizer.")
+        if length := transformer.get("max_seq_length"):
             settings["max_length"] = length
     if path := _hub_file(source, "config_sentence_transformers.json", revision):
         prompts = read_json(path).get("prompts") or {}
