@@ -485,6 +485,7 @@ def test_tokenizing_in_workers_gives_the_same_model(
         errors = process.communicate(timeout=60)[1]
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the workers too
+        process.communicate()
         pytest.fail("the second run hangs")
     assert process.returncode == 0, errors
     name = "last/encoder/model.safetensors"
