@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
 from retriever.errors import InputError
+from training.experiment import clear_message
 
-__all__ = ["clear_message", "parse", "verb_parser"]
+__all__ = ["parse", "verb_parser"]
 
 
 def verb_parser(verb: str, description: str) -> ArgumentParser:
@@ -36,14 +35,3 @@ def parse(parser: ArgumentParser, words: list[str]) -> Any:
 def option_names(parser: ArgumentParser) -> list[str]:
     """Return the dotted names of a parser's options."""
     return [name for name in parser.get_defaults().keys() if isinstance(name, str)]
-
-
-def clear_message(message: str, known: list[str]) -> str:
-    """Return a parser's message on one line, with the nearest known name for an unknown one."""
-    text = " ".join(message.split())
-    if unknown := re.search(
-        r"(?:unrecognized arguments?: --|[Oo]ption '|[Kk]ey '|Unsupported option: )([\w.]+)", text
-    ):
-        if near := difflib.get_close_matches(unknown.group(1), known, n=1):
-            text += f" Did you mean {near[0]!r}?"
-    return text

@@ -62,7 +62,7 @@ def write_run(path: Path, results: Run, tag: str) -> None:
     """Write the six columns of a TREC run: query, Q0, document, rank, score, tag."""
     tag = "_".join(tag.split()) or "endex"
     lines = [
-        f"{query} Q0 {document} {rank} {score:.7g} {tag}\n"
+        f"{query} Q0 {document} {rank} {score:.9g} {tag}\n"
         for query, found in results.items()
         for rank, (document, score) in enumerate(found.items(), start=1)
     ]

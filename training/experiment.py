@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -47,7 +50,6 @@ class DataConfig:
         max_pairs: Use only the first pairs; all by default.
         evaluation_source: Folder or data set of the evaluation; by default `source`.
         evaluation_split: Split of the evaluation during training.
-        workers: Processes that tokenize; 0 does it between the steps.
     """
 
     source: str
@@ -56,14 +58,12 @@ class DataConfig:
     max_pairs: int | None = None
     evaluation_source: str | None = None
     evaluation_split: str = "dev"
-    workers: int = 0
 
     def __post_init__(self) -> None:
         _require(
             self.negatives_per_query >= 0, "data.negatives_per_query", self.negatives_per_query, "0 or more"
         )
         _require(self.max_pairs is None or self.max_pairs > 0, "data.max_pairs", self.max_pairs, "positive")
-        _require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,9 +278,36 @@ def parse_experiment(arguments: list[str]) -> Experiment:
         parsed = parser.parse_args(arguments)
         values = parser.instantiate(parsed).as_dict()
     except (ArgumentError, ValueError, TypeError) as error:
-        raise InputError(" ".join(str(error).split())) from error
+        files = [value for name, value in pairwise(arguments) if name == "--config"]
+        raise InputError(": ".join([*files, clear_message(str(error), field_names(Experiment))])) from error
     values.pop("config", None)
     return Experiment(**values)
+
+
+def field_names(config: type) -> list[str]:
+    """Return the names of all fields below a configuration class, bare and dotted, heads and losses included."""
+    names: list[str] = []
+    for name, kind in get_type_hints(config).items():
+        children: list[type] = [kind] if isinstance(kind, type) and dataclasses.is_dataclass(kind) else []
+        if kind is HeadConfig:
+            children = list(HEADS.values())
+        elif kind is LossConfig:
+            children = list(LOSSES.values())
+        below = [child_name for child in children for child_name in field_names(child)]
+        names += [name, *below, *(f"{name}.{child_name}" for child_name in below)]
+    return names
+
+
+def clear_message(message: str, known: list[str]) -> str:
+    """Return a parser's message on one line, with the nearest known name for an unknown one."""
+    text = " ".join(message.split())
+    pattern = r"(?:unrecognized arguments?: --|[Oo]ption '|[Kk]ey '|Unsupported option: )([\w.]+)"
+    if (unknown := re.search(pattern, text)) and (near := get_close_matches(unknown.group(1), known, n=1)):
+        text += f". Did you mean {near[0]!r}?"
+    if "import path" in text:
+        classes = [config.__name__ for config in (*HEADS.values(), *LOSSES.values())]
+        text += f". Choose one of {', '.join(classes)}."
+    return text
 
 
 def dump_experiment(experiment: Experiment) -> str:

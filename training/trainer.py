@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -109,19 +110,19 @@ class Trainer:
                 bar.update()
                 if self.progress.stopped:
                     break
-        log.close()
-        return self._finish()
+        report = self._finish()
+        log.close()  # ends the process group, so it comes last
+        return report
 
     def _set_up(self) -> None:
         """Load data and model, and prepare them for the devices."""
         experiment, optimization = self.experiment, self.experiment.optimization
+        AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
         self.accelerator = Accelerator(
             mixed_precision=PRECISIONS[optimization.precision],
             log_with=experiment.tracking.trackers or None,
             project_dir=str(self.folder),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.processes = self.accelerator.num_processes
         self._check_batch(optimization)
@@ -141,6 +142,7 @@ class Trainer:
         torch.manual_seed(experiment.seed)
         self.model = experiment.model.build(experiment.head)
         compresses = experiment.head.name != "none"
+        experiment.head.check_sample(min(len(self._warm_start_ids()), optimization.warm_start_documents))
         self.head_start = round(optimization.dense_warmup * self.steps) if compresses else self.steps
         self.loss = experiment.loss.build()
         optimizer = torch.optim.AdamW(parameter_groups(self.model, optimization))
@@ -175,7 +177,7 @@ class Trainer:
             self.dataset,
             batch_sampler=[batch[start : start + size] for batch in plan for start in offsets],
             collate_fn=Collator(self.model.tokenize_queries, self.model.tokenize_documents),
-            num_workers=self.experiment.data.workers,
+            generator=torch.Generator(),  # its own, or its start would draw from the step's random numbers
         )
         for batch in loader:
             yield batch.to(self.accelerator.device)
@@ -258,9 +260,7 @@ class Trainer:
     def _warm_start(self) -> None:
         """Give the head its starting values from the current vectors of a sample of documents."""
         optimization = self.experiment.optimization
-        ids = sorted(
-            self.data.documents if optimization.warm_start_from == "corpus" else self._training_documents()
-        )
+        ids = self._warm_start_ids()
         chosen = torch.randperm(
             len(ids), generator=torch.Generator().manual_seed(self.experiment.seed)
         ).tolist()
@@ -277,8 +277,10 @@ class Trainer:
             for value in head.state_dict().values():
                 torch.distributed.broadcast(value, 0)
 
-    def _training_documents(self) -> set[str]:
-        return {document for _, document in self.dataset.rows}
+    def _warm_start_ids(self) -> list[str]:
+        if self.experiment.optimization.warm_start_from == "corpus":
+            return sorted(self.data.documents)
+        return sorted({document for _, document in self.dataset.rows})
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluate the current model, and save it if it is the best so far."""
@@ -288,7 +290,9 @@ class Trainer:
             config.metric if config.metric in self.metrics else config.metric.replace("compressed", "dense")
         )
         value, progress = self.metrics[name], self.progress
-        if self.progress.step >= min(self.head_start, self.steps):  # an untrained head must not win
+        if (
+            self.progress.step >= self.head_start or self.experiment.head.name == "none"
+        ):  # no untrained head wins
             if progress.best_metric is None or value > progress.best_metric:
                 progress.best_metric, progress.best_step, progress.worse = value, progress.step, 0
                 self._save_model("best")

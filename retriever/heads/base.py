@@ -46,6 +46,9 @@ class HeadConfig(ABC):
     def check(self, dim: int) -> None:
         """Raise InputError if the head cannot compress vectors of `dim` dimensions."""
 
+    def check_sample(self, documents: int) -> None:  # noqa: B027
+        """Raise InputError if so many documents are too few for the head's warm start."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadOutput:

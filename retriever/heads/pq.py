@@ -87,6 +87,14 @@ class ProductQuantizerConfig(HeadConfig):
                 f"num_codebooks={self.num_codebooks}. Try num_codebooks={nearest}."
             )
 
+    def check_sample(self, documents: int) -> None:
+        """Raise InputError if the warm start would have fewer documents than a codebook has codewords."""
+        if documents < 2**self.codebook_bits:
+            raise InputError(
+                f"the warm start needs at least {2**self.codebook_bits} documents for {self.codebook_bits}-bit "
+                f"codebooks, got {documents}. Raise warm_start_documents or lower codebook_bits."
+            )
+
     def build(self, dim: int) -> ProductQuantizer:
         """Return the head for vectors of `dim` dimensions."""
         return ProductQuantizer(self, dim)
@@ -177,12 +185,7 @@ class ProductQuantizer(CompressionHead):
         Raises:
             InputError: If the sample has fewer vectors than a codebook has codewords.
         """
-        codewords = self.codebooks.shape[1]
-        if len(sample) < codewords:
-            raise InputError(
-                f"the warm start needs at least {codewords} documents for {self.code_bits}-bit codebooks, got "
-                f"{len(sample)}. Raise warm_start_documents or lower codebook_bits."
-            )
+        self._config.check_sample(len(sample))
         rotation, codebooks = fit.product_codebooks(
             sample.float().cpu(),
             num_codebooks=self.num_codes,
