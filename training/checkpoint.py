@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class Progress:
         worse: Evaluations since then.
         processes: Processes of the run.
         stopped: The run ended early by `patience`.
+        metrics: Those of the last evaluation.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class Progress:
     worse: int = 0
     processes: int = 1
     stopped: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 def save_checkpoint(

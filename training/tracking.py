@@ -18,7 +18,7 @@ from training.experiment import Experiment, dump_experiment
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["RunLog"]
+__all__ = ["RunLog", "flatten"]
 
 
 class RunLog:
@@ -56,7 +56,7 @@ class RunLog:
         name = tracking.name or folder.name
         run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same after a resume
         wandb = {"name": name, "tags": tracking.tags, "id": run_id, "resume": "allow", "dir": str(folder)}
-        config = _flatten(yaml.safe_load(dump_experiment(experiment)))
+        config = flatten(yaml.safe_load(dump_experiment(experiment)))
         self._accelerator.init_trackers(tracking.project, config=config, init_kwargs={"wandb": wandb})
 
 
@@ -77,12 +77,12 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return dotted names and plain values, as every tracker takes them."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value if isinstance(value, (int, float, str, bool)) else str(value)
     return flat

@@ -36,7 +36,7 @@ from training.experiment import Experiment, OptimizationConfig, dump_experiment,
 from training.losses import ScoredBatch
 from training.negatives import BatchPlan, PairDataset
 from training.optimizer import learning_rate_factor, parameter_groups
-from training.tracking import RunLog
+from training.tracking import RunLog, flatten
 
 __all__ = ["Trainer", "TrainingReport"]
 
@@ -199,7 +199,7 @@ class Trainer:
                 loss = torch.stack(list(parts.values())).sum() / optimization.accumulation
                 self.accelerator.backward(loss)
             for name, value in parts.items():
-                row[f"train/loss_{name}"] += value.item() / optimization.accumulation
+                row[f"train/loss_{name}"] += self._mean(value) / optimization.accumulation
         row["train/loss"] = sum(value for name, value in row.items() if name.startswith("train/loss_"))
         row |= self._clip()
         self.optimizer.step()
@@ -285,7 +285,9 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Evaluate the current model, and save it if it is the best so far."""
         optimization, config = self.experiment.optimization, self.experiment.evaluation
-        self.metrics = evaluate_model(self.model, self.evaluation, precision=optimization.precision)
+        self.metrics = self.progress.metrics = evaluate_model(
+            self.model, self.evaluation, precision=optimization.precision
+        )
         name = (
             config.metric if config.metric in self.metrics else config.metric.replace("compressed", "dense")
         )
@@ -362,13 +364,17 @@ class Trainer:
                 f"{path} was written by {self.progress.processes} processes and cannot continue exactly on "
                 f"{self.processes}. Start as many processes as before."
             )
+        self.metrics = self.progress.metrics
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
 
     def _refuse_changed(self, path: Path) -> None:
-        stored = yaml.safe_load(dump_experiment(load_experiment(path / "experiment.yaml")))
-        current = yaml.safe_load(dump_experiment(self.experiment))
-        changed = [name for name in current if name not in MAY_CHANGE and stored[name] != current[name]]
+        stored, current = (
+            flatten(yaml.safe_load(dump_experiment(experiment)))
+            for experiment in (load_experiment(path / "experiment.yaml"), self.experiment)
+        )
+        names = sorted(stored.keys() | current.keys())
+        changed = [n for n in names if n.split(".")[0] not in MAY_CHANGE and stored.get(n) != current.get(n)]
         if changed:
             raise InputError(
                 f"{path} was written with another {', '.join(changed)}. Resume with the same experiment "
@@ -378,6 +384,10 @@ class Trainer:
     def _due(self, every: int) -> bool:
         """Whether something that happens each `every` steps, and at the end, happens after this step."""
         return self.progress.step == self.steps or (bool(every) and self.progress.step % every == 0)
+
+    def _mean(self, value: Tensor) -> float:
+        """Return the mean over the processes."""
+        return float(self.accelerator.reduce(value.detach(), "mean").item())
 
     def _collect(self, row: dict[str, float]) -> dict[str, float]:
         """Add the speed since the last row."""

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -35,7 +31,6 @@ from training import (
     Experiment,
     Trainer,
     TrainingReport,
-    dump_experiment,
     evaluate_model,
     load_experiment,
 )
@@ -460,36 +455,6 @@ TWICE = textwrap.dedent("""
     from launch.main import main
     raise SystemExit(sum(main(["train", recipe, "--json"]) for recipe in sys.argv[1:]))
 """)
-
-
-def test_tokenizing_in_workers_gives_the_same_model(
-    run: Run, tiny_model: Path, tiny_data: Path, tmp_path: Path
-) -> None:
-    """Also when the process has tokenized before: threads of the tokenizer do not survive a fork."""
-    recipes = []
-    for workers in (0, 1):
-        output = tmp_path / f"run-{workers}"
-        again = make_experiment(
-            tiny_model, tiny_data, output, evaluation={"every": 5}, data={"workers": workers}
-        )
-        recipes.append(tmp_path / f"{workers}.yaml")
-        recipes[-1].write_text(dump_experiment(again))
-    process = subprocess.Popen(
-        [sys.executable, "-c", TWICE, *map(str, recipes)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        errors = process.communicate(timeout=60)[1]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the workers too
-        process.communicate()
-        pytest.fail("the second run hangs")
-    assert process.returncode == 0, errors
-    name = "last/encoder/model.safetensors"
-    assert (tmp_path / "run-1" / name).read_bytes() == (Path(run[0].output) / name).read_bytes()
 
 
 @pytest.mark.parametrize("dropout", [False, True])

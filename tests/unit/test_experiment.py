@@ -166,7 +166,6 @@ def test_a_value_of_a_wrong_type_is_an_error_that_names_field_and_value(
     [
         ("data.negatives_per_query", -1),
         ("data.max_pairs", 0),
-        ("data.workers", -1),
         ("optimization.batch_size", 0),
         ("optimization.accumulation", 0),
         ("optimization.bucket_batches", 0),
