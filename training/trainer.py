@@ -72,7 +72,6 @@ class Trainer:
         self.show_progress = progress
         self.folder = Path(experiment.output)
         self.progress = Progress()
-        self.metrics: dict[str, float] = {}
 
     def fit(self, *, resume: bool = False) -> TrainingReport:
         """Train, evaluate, and write `best/` and `last/`.
@@ -285,13 +284,13 @@ class Trainer:
     def _evaluate(self) -> dict[str, float]:
         """Evaluate the current model, and save it if it is the best so far."""
         optimization, config = self.experiment.optimization, self.experiment.evaluation
-        self.metrics = self.progress.metrics = evaluate_model(
-            self.model, self.evaluation, precision=optimization.precision
-        )
+        self.progress.metrics = evaluate_model(self.model, self.evaluation, precision=optimization.precision)
         name = (
-            config.metric if config.metric in self.metrics else config.metric.replace("compressed", "dense")
+            config.metric
+            if config.metric in self.progress.metrics
+            else config.metric.replace("compressed", "dense")
         )
-        value, progress = self.metrics[name], self.progress
+        value, progress = self.progress.metrics[name], self.progress
         if (
             self.progress.step >= self.head_start or self.experiment.head.name == "none"
         ):  # no untrained head wins
@@ -301,7 +300,7 @@ class Trainer:
             else:
                 progress.worse += 1
                 progress.stopped = bool(config.patience) and progress.worse >= config.patience
-        return {f"eval/{name}": value for name, value in self.metrics.items()}
+        return {f"eval/{name}": value for name, value in self.progress.metrics.items()}
 
     def _finish(self) -> TrainingReport:
         self._save_model("last")
@@ -310,18 +309,18 @@ class Trainer:
             last=self.folder / "last",
             steps=self.progress.step,
             best_step=self.progress.best_step,
-            metrics=self.metrics,
+            metrics=self.progress.metrics,
         )
 
     def _save_model(self, name: str) -> None:
         if self.accelerator.is_main_process:
-            card = model_card(self.folder.name, self.experiment, self.model, self.metrics)
+            card = model_card(self.folder.name, self.experiment, self.model, self.progress.metrics)
             files = {"experiment.yaml": dump_experiment(self.experiment), "README.md": card}
             self.model.save(
                 self.folder / name,
                 overwrite=True,
                 files=files,
-                about={"step": self.progress.step, "metrics": self.metrics},
+                about={"step": self.progress.step, "metrics": self.progress.metrics},
             )
         self.accelerator.wait_for_everyone()
 
@@ -364,7 +363,6 @@ class Trainer:
                 f"{path} was written by {self.progress.processes} processes and cannot continue exactly on "
                 f"{self.processes}. Start as many processes as before."
             )
-        self.metrics = self.progress.metrics
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
 
