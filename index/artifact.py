@@ -18,12 +18,12 @@ import numpy as np
 import torch
 
 from index._faiss import load_faiss
-from index.builders import BUILDERS, FaissIndex, IndexBuilder
+from index.builders import BUILDERS, FaissIndex, IndexBuilder, probing_all
 from index.encode import EncodedCorpus, encode_corpus
 from index.parity import assert_parity
 from retriever import Document, DualEncoder, InputError, Precision, model_fingerprint
 from retriever.folder import publish_folder, write_json
-from retriever.heads import CompressionHead, FaissExport, FlatVectors
+from retriever.heads import CoarseProductCodebooks, CompressionHead, FaissExport, FlatVectors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,13 +38,16 @@ class IndexConfig:
     """Which FAISS index carries the codes.
 
     Attributes:
-        kind: "flat" (head none), "pq" (CPU), "ivfpq" (a flat quantizer in the form that a GPU takes), or "auto":
-            flat or pq, as the head needs.
-        nlist: Inverted lists of "ivfpq"; all are probed.
+        kind: "flat" (head none), "pq" (CPU), "ivfpq" (a head with lists; or a flat quantizer in the form that a GPU
+            takes), or "auto": as the head needs.
+        nlist: Inverted lists over which "ivfpq" spreads the codes of a head without lists; all are probed.
+        nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default the square root
+            of their number.
     """
 
     kind: Kind = "auto"
     nlist: int = 1
+    nprobe: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -63,6 +66,8 @@ class IndexConfig:
         kind = self.kind
         if kind == "auto":
             kind = "flat" if isinstance(export, FlatVectors) else "pq"
+            if isinstance(export, CoarseProductCodebooks) or self.nprobe is not None:
+                kind = "ivfpq"
         family = BUILDERS[kind]
         options = {field.name: getattr(self, field.name) for field in fields(family)}
         builder = family(**options)
@@ -149,7 +154,8 @@ def _write_index(
     start = time.perf_counter()
     built = builder.build(export, codes)
     build_seconds = time.perf_counter() - start
-    parity = assert_parity(built, head, codes, corpus.sample)
+    with probing_all(built):
+        parity = assert_parity(built, head, codes, corpus.sample)
     load_faiss().write_index(built, str(folder / "index"))
     del codes
     codes_path.unlink()  # the FAISS file holds them

@@ -1,6 +1,6 @@
 """Starting values of quantizers, fitted by FAISS on a sample of live vectors.
 
-Shapes: n vectors, D dimensions, M codebooks, K codewords, S = D // M sub-dimensions.
+Shapes: n vectors, D dimensions, J lists, M codebooks, K codewords, S = D // M sub-dimensions.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from index._faiss import load_faiss
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+    from numpy.typing import NDArray
 
 __all__ = ["FaissFit"]
 
@@ -36,26 +37,75 @@ class FaissFit:
         self, sample: Float[Tensor, "n D"], *, num_codebooks: int, codebook_bits: int, rotate: bool, seed: int
     ) -> tuple[Float[Tensor, "D D"] | None, Float[Tensor, "M K S"]]:
         """Return the OPQ rotation A of y = A x (None unless `rotate`) and PQ codebooks of a sample."""
-        faiss = load_faiss()
         x = np.ascontiguousarray(sample.numpy(), dtype=np.float32)
-        dim = x.shape[1]
         rotation = None
         if rotate:
-            opq = faiss.OPQMatrix(dim, num_codebooks)
-            opq.niter = self.opq_iterations
-            inner = faiss.ProductQuantizer(dim, num_codebooks, codebook_bits)
-            _quieten(inner, seed)
-            opq.pq = inner
-            opq.train(x)
-            opq.pq = None  # `inner` stays ours to free
-            rotation = faiss.vector_to_array(opq.A).reshape(dim, dim)
+            rotation = self._rotation(x, num_codebooks, codebook_bits, seed)
             x = np.ascontiguousarray(x @ rotation.T)
-        pq = faiss.ProductQuantizer(dim, num_codebooks, codebook_bits)
+        codebooks = self._codebooks(x, num_codebooks, codebook_bits, seed)
+        return None if rotation is None else torch.from_numpy(rotation), torch.from_numpy(codebooks)
+
+    def coarse_product_codebooks(
+        self,
+        sample: Float[Tensor, "n D"],
+        *,
+        num_lists: int,
+        num_codebooks: int,
+        codebook_bits: int,
+        rotate: bool,
+        on_residuals: bool,
+        seed: int,
+    ) -> tuple[Float[Tensor, "D D"] | None, Float[Tensor, "J D"], Float[Tensor, "M K S"]]:
+        """Return OPQ rotation (None unless `rotate`), k-means centroids, and PQ codebooks of the residuals.
+
+        In the order of FAISS's `OPQ{M},IVF{J},PQ{M}`; unless `on_residuals` the codebooks fit the whole vectors.
+        """
+        faiss = load_faiss()
+        x = np.ascontiguousarray(sample.numpy(), dtype=np.float32)
+        rotation = None
+        if rotate:
+            rotation = self._rotation(x, num_codebooks, codebook_bits, seed)
+            x = np.ascontiguousarray(x @ rotation.T)
+        kmeans = faiss.Kmeans(
+            x.shape[1], num_lists, niter=self.kmeans_iterations, seed=seed, min_points_per_centroid=1
+        )
+        kmeans.train(x)
+        centroids = kmeans.centroids
+        residuals = x - centroids[kmeans.index.search(x, 1)[1][:, 0]] if on_residuals else x
+        codebooks = self._codebooks(residuals, num_codebooks, codebook_bits, seed)
+        return (
+            None if rotation is None else torch.from_numpy(rotation),
+            torch.from_numpy(centroids),
+            torch.from_numpy(codebooks),
+        )
+
+    def _rotation(
+        self, x: NDArray[np.float32], num_codebooks: int, codebook_bits: int, seed: int
+    ) -> NDArray[np.float32]:
+        """Return OPQ's matrix, (D, D)."""
+        faiss = load_faiss()
+        dim = x.shape[1]
+        opq = faiss.OPQMatrix(dim, num_codebooks)
+        opq.niter = self.opq_iterations
+        inner = faiss.ProductQuantizer(dim, num_codebooks, codebook_bits)
+        _quieten(inner, seed)
+        opq.pq = inner
+        opq.train(x)
+        opq.pq = None  # `inner` stays ours to free
+        matrix: NDArray[np.float32] = faiss.vector_to_array(opq.A).reshape(dim, dim)
+        return matrix
+
+    def _codebooks(
+        self, x: NDArray[np.float32], num_codebooks: int, codebook_bits: int, seed: int
+    ) -> NDArray[np.float32]:
+        """Return PQ's codewords, (M, K, S)."""
+        faiss = load_faiss()
+        pq = faiss.ProductQuantizer(x.shape[1], num_codebooks, codebook_bits)
         _quieten(pq, seed)
         pq.cp.niter = self.kmeans_iterations
-        pq.train(x)
-        codebooks = faiss.vector_to_array(pq.centroids).reshape(num_codebooks, 2**codebook_bits, -1)
-        return None if rotation is None else torch.from_numpy(rotation), torch.from_numpy(codebooks)
+        pq.train(np.ascontiguousarray(x))
+        codewords: NDArray[np.float32] = faiss.vector_to_array(pq.centroids)
+        return codewords.reshape(num_codebooks, 2**codebook_bits, -1)
 
 
 def _quieten(pq: object, seed: int) -> None:

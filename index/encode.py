@@ -18,7 +18,6 @@ import torch
 from tqdm.auto import tqdm
 
 from retriever import Document, DualEncoder, InputError, Precision, embed_documents
-from retriever.heads import pack_codes
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -84,7 +83,7 @@ def encode_corpus(
             vectors = embed_documents(model, chunk, batch_size=batch_size, precision=precision)
             embedded = time.perf_counter()
             codes = model.compress(vectors.to(device))
-            codes_file.write(pack_codes(codes, model.head.code_bits).tobytes())
+            codes_file.write(model.head.pack(codes).tobytes())
             assign_seconds += time.perf_counter() - embedded
             embed_seconds += embedded - start
             ids_file.writelines(f"{document.id}\n" for document in chunk)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from index.builders import FaissIndex, search_index
-from retriever.heads import CompressionHead, unpack_codes
+from retriever.heads import CompressionHead
 from retriever.scores import score_matrix
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def assert_parity(
     that no document of a sample has a higher score than the last returned one without being returned.
 
     Args:
-        built: Filled index.
+        built: Filled index; it must look at every document, so lists are all to be probed.
         head: Head that made the codes.
         codes: Packed codes of all documents in index order.
         queries: Vectors to search with.
@@ -90,5 +90,5 @@ def assert_parity(
 
 def _decode(head: CompressionHead, packed: UInt8[NDArray[np.uint8], "n size"]) -> Float[Tensor, "n D"]:
     device = next(iter(head.state_dict().values()), torch.empty(0)).device
-    codes = unpack_codes(packed, head.num_codes, head.code_bits).to(device)
+    codes = head.unpack(packed).to(device)
     return head.decode(codes).double().cpu()

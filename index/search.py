@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from index._faiss import load_faiss
-from index.builders import search_index
+from index.builders import inverted_file, search_index
 from retriever import Document, DualEncoder, Encoder, InputError, Precision, embed_queries, model_fingerprint
 from retriever.folder import check_folder
 from retriever.heads import NoCompressionConfig
@@ -33,12 +33,13 @@ class Searcher:
         folder: What `endex export` wrote. Every file is checked against its manifest.
         model: A model folder that must be the one the index was made with; its query tower is used instead of
             the copy in the index folder.
+        nprobe: Inverted lists that a search probes; by default what the folder says.
 
     Raises:
-        InputError: If the folder is damaged or unfinished, or was made with another model.
+        InputError: If the folder is damaged or unfinished, or was made with another model, or has no lists to probe.
     """
 
-    def __init__(self, folder: Path, *, model: Path | None = None) -> None:
+    def __init__(self, folder: Path, *, model: Path | None = None, nprobe: int | None = None) -> None:
         manifest = check_folder(folder, "index")
         if model is not None and model_fingerprint(model) != manifest["model"]:
             raise InputError(
@@ -54,6 +55,8 @@ class Searcher:
                 f"{folder / 'docid'} names {len(self.document_ids)} documents, but the index holds "
                 f"{self.faiss_index.ntotal}. Export the corpus again."
             )
+        if nprobe is not None:
+            self.probe(nprobe)
         self._model = DualEncoder.load(model) if model else self._embedded_model(folder / "encoder")
         self._offsets = self._read_offsets()
 
@@ -62,20 +65,42 @@ class Searcher:
         """Dimension D of query vectors."""
         return int(self.faiss_index.d)
 
+    def probe(self, nprobe: int) -> None:
+        """Probe so many inverted lists from now on.
+
+        Raises:
+            InputError: If the index has no lists, or fewer.
+        """
+        lists = inverted_file(self.faiss_index)
+        if lists is None:
+            raise InputError(
+                f"{self.folder} has no inverted lists: nprobe={nprobe} has no meaning. Leave it out."
+            )
+        if not 1 <= nprobe <= lists.nlist:
+            raise InputError(
+                f"nprobe must be between 1 and {lists.nlist}, the lists of the index; got {nprobe}."
+            )
+        lists.nprobe = nprobe
+
     def search(
         self, queries: Sequence[str], k: int = 10, *, precision: Precision = "fp32"
     ) -> tuple[Float[NDArray[np.float32], "B k"], list[list[str]]]:
-        """Return the k best documents of each query: scores (B, k) in falling order, and their ids."""
+        """Return the k best documents of each query: scores (B, k) in falling order, and their ids.
+
+        A query whose probed lists hold fewer than k documents has fewer ids, and scores -inf in their place.
+        """
         if not queries:
             raise InputError("there is no query to search for. Give at least one.")
         vectors = embed_queries(self._model, queries, precision=precision)
         scores, rows = self.search_vectors(vectors.numpy(), k)
-        return scores, [[self.document_ids[row] for row in result] for result in rows]
+        return scores, [[self.document_ids[row] for row in result if row >= 0] for result in rows]
 
     def search_vectors(
         self, vectors: Float[NDArray[np.float32], "B D"], k: int = 10
     ) -> tuple[Float[NDArray[np.float32], "B k"], Int[NDArray[np.int64], "B k"]]:
         """Return scores (B, k) and index rows (B, k) of the k best documents; k is cut at the corpus size.
+
+        Where the probed lists hold fewer documents, the rest are rows -1 with scores -inf.
 
         Raises:
             InputError: If k is not positive or the vectors are not of the index's dimension.

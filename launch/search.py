@@ -28,15 +28,20 @@ def run(words: list[str]) -> int:
     parser.add_argument(
         "--model", type=str | None, default=None, help="Model folder; refused if not the index's own."
     )
+    parser.add_argument(
+        "--nprobe", type=int | None, default=None, help="Inverted lists probed; by default the index's own."
+    )
     parser.add_argument("--precision", type=Precision, default="fp32", help="Arithmetic of the tower.")
     options = parse(parser, words)
     if (options.query is None) == (options.queries is None):
         raise InputError("give either --query TEXT or --queries FILE.")
-    searcher = Searcher(Path(options.index), model=Path(options.model) if options.model else None)
+    searcher = Searcher(
+        Path(options.index), model=Path(options.model) if options.model else None, nprobe=options.nprobe
+    )
     queries = {"query": options.query} if options.query is not None else read_queries(options.queries)
     scores, ids = searcher.search(list(queries.values()), options.k, precision=options.precision)
     results: Run = {
-        name: dict(zip(found, values, strict=True))
+        name: dict(zip(found, values, strict=False))  # fewer ids where the probed lists hold no more
         for name, found, values in zip(queries, ids, scores.tolist(), strict=True)
     }
     if options.run:

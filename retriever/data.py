@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
 
-__all__ = ["Collator", "Document", "TextPair", "TokenBatch", "Tokens", "document_key"]
+__all__ = ["Collator", "Document", "TextPair", "TokenBatch", "Tokens", "document_key", "join_tokens"]
 
 Tokens = dict[str, Tensor]
 """What a tokenizer returns: `input_ids` and `attention_mask`, both (B, L) int64."""
@@ -60,12 +61,22 @@ class TokenBatch:
         documents: Token ids and mask, (N, L).
         document_keys: A 64-bit key of each document's identifier, (N,).
         relevant_keys: Keys of the documents known to be relevant to each query, zero-padded, (B, R).
+        positives: Row of each query's positive document, (B,).
     """
 
     queries: Tokens
     documents: Tokens
     document_keys: Int[Tensor, " N"]
     relevant_keys: Int[Tensor, "B R"]
+    positives: Int[Tensor, " B"]
+
+    def with_documents(self, documents: Tokens, keys: Int[Tensor, " n"]) -> TokenBatch:
+        """Return the batch with further documents, positives of none; `documents` is empty where none are tokenized."""
+        return replace(
+            self,
+            documents=join_tokens(self.documents, documents) if documents else self.documents,
+            document_keys=torch.cat([self.document_keys, keys]),
+        )
 
     def to(self, device: torch.device) -> TokenBatch:
         """Return the batch on another device."""
@@ -74,7 +85,22 @@ class TokenBatch:
             documents={name: value.to(device) for name, value in self.documents.items()},
             document_keys=self.document_keys.to(device),
             relevant_keys=self.relevant_keys.to(device),
+            positives=self.positives.to(device),
         )
+
+
+def join_tokens(first: Tokens, second: Tokens) -> Tokens:
+    """Join the rows of two tokenized batches, padded with zeros to the longer one's length.
+
+    Zero is the value of every tokenizer's mask on padding, and masked token ids are never looked at.
+    """
+    length = max(first["input_ids"].shape[1], second["input_ids"].shape[1])
+    return {
+        name: torch.cat(
+            [F.pad(tokens[name], (0, length - tokens[name].shape[1])) for tokens in (first, second)]
+        )
+        for name in first
+    }
 
 
 def document_key(identifier: str) -> int:
@@ -134,4 +160,5 @@ class Collator:
             documents=self.tokenize_documents(documents),
             document_keys=torch.tensor([document_key(document.id) for document in documents]),
             relevant_keys=torch.tensor([keys + [0] * (width - len(keys)) for keys in relevant]),
+            positives=torch.arange(len(pairs)) * (len(documents) // len(pairs)),
         )

@@ -164,9 +164,18 @@ class DualEncoder(nn.Module):
         """Return the codes of document vectors."""
         return self.head.encode(x)
 
-    def forward(self, batch: TokenBatch, compress: bool = True) -> Embeddings:
-        """Return the vectors of a batch; the head is the identity unless `compress`."""
-        documents = self.encode_documents(batch.documents)
+    def forward(
+        self, batch: TokenBatch, compress: bool = True, documents: Float[Tensor, "N D"] | None = None
+    ) -> Embeddings:
+        """Return the vectors of a batch; the head is the identity unless `compress`.
+
+        Args:
+            batch: Tokens of queries and documents.
+            compress: Put the documents through the head.
+            documents: Vectors of the documents, where they are known already.
+        """
+        if documents is None:
+            documents = self.encode_documents(batch.documents)
         head = self.head if compress else self._identity
         return Embeddings(self.encode_queries(batch.queries), documents, head(documents))
 

@@ -25,8 +25,8 @@ from retriever import (
     embed_documents,
     embed_queries,
 )
+from retriever.distributed import all_gather, world_size
 from retriever.scores import Metric, score_matrix
-from training.distributed import all_gather, world_size
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -165,7 +165,8 @@ def evaluate_index(
 
 
 def _run(names: Sequence[str], scores: list[list[float]], ids: list[list[str]]) -> Run:
-    return {name: dict(zip(i, s, strict=True)) for name, s, i in zip(names, scores, ids, strict=True)}
+    """Return the run; a query may have fewer ids than scores where an index found no more."""
+    return {name: dict(zip(i, s, strict=False)) for name, s, i in zip(names, scores, ids, strict=True)}
 
 
 def _hash(identifier: str) -> bytes:

@@ -14,7 +14,8 @@ import yaml
 
 from retriever import DualEncoderConfig, InputError, Precision
 from retriever.heads import HEADS, HeadConfig
-from training.losses import LOSSES, LossConfig
+from training.losses import LOSSES, DistillationConfig, LossConfig
+from training.scoring import CrossDevice
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -24,6 +25,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "Experiment",
+    "LiveNegativesConfig",
     "OptimizationConfig",
     "TrackingConfig",
     "dump_experiment",
@@ -48,6 +50,8 @@ class DataConfig:
         train_split: Split whose judgements give the training pairs.
         negatives_per_query: Given negatives of a query in each batch (from negatives.jsonl, else random documents).
         max_pairs: Use only the first pairs; all by default.
+        labels: "judged" takes the split's judgements; "teacher" only its queries, each with the document that the
+            starting towers rank first (Distill-VQ without labels).
         evaluation_source: Folder or data set of the evaluation; by default `source`.
         evaluation_split: Split of the evaluation during training.
     """
@@ -56,6 +60,7 @@ class DataConfig:
     train_split: str = "train"
     negatives_per_query: int = 0
     max_pairs: int | None = None
+    labels: Literal["judged", "teacher"] = "judged"
     evaluation_source: str | None = None
     evaluation_split: str = "dev"
 
@@ -63,7 +68,35 @@ class DataConfig:
         _require(
             self.negatives_per_query >= 0, "data.negatives_per_query", self.negatives_per_query, "0 or more"
         )
+        _require(self.labels in ("judged", "teacher"), "data.labels", self.labels, "judged or teacher")
         _require(self.max_pairs is None or self.max_pairs > 0, "data.max_pairs", self.max_pairs, "positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveNegativesConfig:
+    """Documents that rank high for a query at this moment of the training, as further negatives of the batch.
+
+    Attributes:
+        per_query: Such documents a query; 0 for none.
+        depth: They are drawn from so many best; all of them if `per_query` is as large.
+        by: Ranked by "compressed" scores (JPQ, RepCONC), from the head's start on; or by "dense" ones, which needs a
+            frozen document tower (the teacher's best, Distill-VQ).
+        refresh: Steps after which the codes they are ranked by are made anew; 0 only at the head's start. Documents
+            that a frozen tower encodes are not encoded again, others are: all of the corpus.
+    """
+
+    per_query: int = 0
+    depth: int = 200
+    by: Literal["compressed", "dense"] = "compressed"
+    refresh: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.per_query >= 0, "live_negatives.per_query", self.per_query, "0 or more")
+        _require(
+            self.depth >= max(1, self.per_query), "live_negatives.depth", self.depth, "per_query or more"
+        )
+        _require(self.by in ("compressed", "dense"), "live_negatives.by", self.by, "compressed or dense")
+        _require(self.refresh >= 0, "live_negatives.refresh", self.refresh, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +116,12 @@ class OptimizationConfig:
         max_grad_norm: Gradients are clipped to this norm, towers and head apart.
         precision: Arithmetic of the towers; heads and losses are always float32.
         dropout: Dropout of the towers as their models have it; off is faster, and steadier on few pairs.
+        freeze: Towers that do not train: "none"; "documents", whose vectors are then computed once (JPQ, Distill-VQ;
+            needs model.tie false); or "both", which leaves the head.
+        cross_device: Documents of other devices as negatives: "rows" with exact gradients; "full" the same as MoPQ
+            published it, at as many times the work as devices; "detached" without gradients; "in_batch" none.
+        world_scale: "exact" makes the gradients of "full" those of one device with the whole batch; "ddp_mean" leaves
+            them divided by the number of devices, as MoPQ's release.
         dense_warmup: Share of the steps before the head's warm start, in which the towers train uncompressed.
         warm_start_documents: Documents whose current vectors give the head its starting values.
         warm_start_from: Which documents those are: any of the "corpus" (unlabelled), or only those of training "pairs".
@@ -101,6 +140,9 @@ class OptimizationConfig:
     max_grad_norm: float = 1.0
     precision: Precision = "fp32"
     dropout: bool = True
+    freeze: Literal["none", "documents", "both"] = "none"
+    cross_device: CrossDevice = "rows"
+    world_scale: Literal["exact", "ddp_mean"] = "exact"
     dense_warmup: float = 0.3
     warm_start_documents: int = 65_536
     warm_start_from: Literal["corpus", "pairs"] = "corpus"
@@ -134,6 +176,17 @@ class OptimizationConfig:
             self.precision,
             f"one of {get_args(Precision)}",
         )
+        for name, choices in (
+            ("freeze", ("none", "documents", "both")),
+            ("cross_device", get_args(CrossDevice)),
+            ("world_scale", ("exact", "ddp_mean")),
+        ):
+            _require(
+                getattr(self, name) in choices,
+                f"optimization.{name}",
+                getattr(self, name),
+                f"one of {choices}",
+            )
         if self.batch_size % self.accumulation:
             raise InputError(
                 f"optimization.batch_size must be a multiple of accumulation, got {self.batch_size} and "
@@ -219,6 +272,7 @@ class Experiment:
         head: The compression head.
         loss: The retrieval loss.
         data: Training and evaluation texts.
+        live_negatives: Negatives found by the model in training.
         optimization: Steps, batches, learning rates, arithmetic.
         evaluation: Evaluation while training.
         checkpoint: Checkpoints for resuming.
@@ -231,6 +285,7 @@ class Experiment:
     head: HeadConfig
     loss: LossConfig
     data: DataConfig
+    live_negatives: LiveNegativesConfig = field(default_factory=LiveNegativesConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -239,6 +294,33 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.loss.check(self.head)
+        freeze = self.optimization.freeze
+        if freeze == "documents" and self.model.tie and self.model.document_encoder is None:
+            raise InputError(
+                "optimization.freeze documents needs towers of their own: tied towers share their weights. "
+                "Set model.tie false."
+            )
+        if freeze == "both" and self.head.name == "none":
+            raise InputError("optimization.freeze both with the head none leaves nothing to train.")
+        if freeze == "both" and self.optimization.dense_warmup:
+            raise InputError(
+                "optimization.freeze both leaves only the head to train, so optimization.dense_warmup must be 0, got "
+                f"{self.optimization.dense_warmup}."
+            )
+        blank = isinstance(self.loss, DistillationConfig) and not self.loss.label_weight
+        if blank and self.optimization.dense_warmup:
+            raise InputError(
+                "the loss distillation without label_weight has nothing to teach before the head's start. Start from "
+                f"trained towers with optimization.dense_warmup 0, got {self.optimization.dense_warmup}."
+            )
+        if self.live_negatives.per_query:
+            if self.live_negatives.by == "dense" and freeze == "none":
+                raise InputError(
+                    "live_negatives.by dense needs a frozen document tower. Set optimization.freeze documents, or "
+                    "live_negatives.by compressed."
+                )
+            if self.live_negatives.by == "compressed" and self.head.name == "none":
+                raise InputError("live_negatives.by compressed needs a head that compresses, got none.")
 
 
 def experiment_parser(**options: Any) -> ArgumentParser:

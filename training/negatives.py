@@ -2,7 +2,7 @@
 
 Shapes: B queries a step over all devices, H given negatives a query.
 
-In-batch negatives are the other documents of the batch on every device (`training.distributed.all_gather`);
+In-batch negatives are the other documents of the batch on every device (`retriever.distributed.all_gather`);
 documents known to be relevant are left out of the softmax. Given negatives come from the data folder.
 """
 

@@ -13,15 +13,21 @@ __all__ = ["learning_rate_factor", "parameter_groups"]
 
 
 def parameter_groups(model: DualEncoder, config: OptimizationConfig) -> list[dict[str, object]]:
-    """Return AdamW's groups: tower matrices with weight decay, tower vectors without, the head without."""
-    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head": []}
+    """Return AdamW's groups: tower matrices with weight decay, tower vectors without, the head without.
+
+    What the head moves itself has a learning rate of 0: AdamW then only sees to its gradient.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "head": [], "manual": []}
+    manual = {id(parameter) for parameter in model.head.manual_parameters()}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if name.startswith("head."):
-            groups["head"].append(parameter)
+            groups["manual" if id(parameter) in manual else "head"].append(parameter)
         else:
             groups["matrices" if parameter.ndim > 1 else "vectors"].append(parameter)
-    decay = {"matrices": config.weight_decay, "vectors": 0.0, "head": 0.0}
-    peak = {"matrices": config.lr, "vectors": config.lr, "head": config.head_lr}
+    decay = {"matrices": config.weight_decay, "vectors": 0.0, "head": 0.0, "manual": 0.0}
+    peak = {"matrices": config.lr, "vectors": config.lr, "head": config.head_lr, "manual": 0.0}
     return [
         {"params": parameters, "lr": peak[name], "peak_lr": peak[name], "weight_decay": decay[name]}
         for name, parameters in groups.items()

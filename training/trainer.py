@@ -9,14 +9,13 @@ import hashlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -24,23 +23,34 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from index import FaissFit
-from retriever import Collator, InputError, RetrievalData, TokenBatch, embed_documents, read_data
-from retriever.data import other_relevant
+from retriever import (
+    Collator,
+    Document,
+    InputError,
+    RetrievalData,
+    TokenBatch,
+    embed_documents,
+    embed_queries,
+    read_data,
+)
+from retriever.data import document_key
+from retriever.distributed import all_gather
 from retriever.heads import QuantizerFit
-from retriever.scores import score_matrix
+from training.candidates import Candidates, frozen_copy
 from training.card import model_card
-from training.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from training.distributed import all_gather
-from training.evaluate import embed_in_shares, evaluate_model, select_evaluation
-from training.experiment import Experiment, OptimizationConfig, dump_experiment, load_experiment
+from training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from training.corpus import TrainingCorpus
+from training.evaluate import embed_in_shares, evaluate_model, search_exhaustively, select_evaluation
+from training.experiment import Experiment, OptimizationConfig, dump_experiment
 from training.losses import ScoredBatch
 from training.negatives import BatchPlan, PairDataset
 from training.optimizer import learning_rate_factor, parameter_groups
-from training.tracking import RunLog, flatten
+from training.run_folder import checkpoint_to_continue, refuse_finished
+from training.scoring import score_batch
+from training.tracking import RunLog
 
 __all__ = ["Trainer", "TrainingReport"]
 
-MAY_CHANGE = ("tracking", "checkpoint", "evaluation")  # parts of an experiment that a resumed run may change
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -82,7 +92,7 @@ class Trainer:
         Raises:
             InputError: If data, model or output folder are not fit for the run.
         """
-        self._refuse_finished(resume)
+        refuse_finished(self.folder, resume)
         self._set_up()
         self._restore(resume)
         log = RunLog(self.folder, self.experiment, self.accelerator, self.progress.step)
@@ -95,8 +105,7 @@ class Trainer:
         ) as bar:
             for step in range(self.progress.step, self.steps):
                 torch.manual_seed(self._seed(step))
-                if step == self.head_start:
-                    self._warm_start()
+                self._start_or_refresh(step)
                 row = self._step(step, rounds)
                 self.progress.step = step + 1
                 if self._due(self.experiment.tracking.every):
@@ -126,28 +135,73 @@ class Trainer:
         self.processes = self.accelerator.num_processes
         self._check_batch(optimization)
         self.data = read_data(experiment.data.source, experiment.data.train_split)
-        self.dataset = PairDataset(self.data, experiment.data.negatives_per_query)
-        del self.dataset.rows[experiment.data.max_pairs or len(self.dataset.rows) :]
-        self.plan = BatchPlan(
-            lengths=[self.dataset.length(row) for row in range(len(self.dataset))],
-            batch_size=optimization.batch_size,
-            seed=experiment.seed,
-            bucket_batches=optimization.bucket_batches,
-        )
-        self.steps = optimization.steps or max(
-            1, math.ceil(optimization.epochs * self.plan.batches_per_epoch)
-        )
         self.evaluation = self._read_evaluation()
         torch.manual_seed(experiment.seed)
-        self.model = experiment.model.build(experiment.head)
+        self.model = experiment.model.build(experiment.head).to(self.accelerator.device)
+        self.loss = experiment.loss.build()
+        self._freeze(optimization.freeze)
+        self.corpus = self._load_corpus()
+        teacher = frozen_copy(self.model) if experiment.loss.needs_teacher else None
+        self.candidates = Candidates(experiment.live_negatives, self.corpus, teacher)
+        self._plan_pairs()
         compresses = experiment.head.name != "none"
         experiment.head.check_sample(min(len(self._warm_start_ids()), optimization.warm_start_documents))
         self.head_start = round(optimization.dense_warmup * self.steps) if compresses else self.steps
-        self.loss = experiment.loss.build()
         optimizer = torch.optim.AdamW(parameter_groups(self.model, optimization))
+        self.state = nn.ModuleDict({"model": self.model, "loss": self.loss, "candidates": self.candidates})
+        self.state.to(self.accelerator.device)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self._started = time.perf_counter()
         self._pairs = 0
+
+    def _plan_pairs(self) -> None:
+        """Decide which pairs each step sees."""
+        data, optimization = self.experiment.data, self.experiment.optimization
+        if data.labels == "teacher":
+            self.data = self._label_by_teacher()
+        self.dataset = PairDataset(self.data, data.negatives_per_query)
+        del self.dataset.rows[data.max_pairs or len(self.dataset.rows) :]
+        self.plan = BatchPlan(
+            lengths=[self.dataset.length(row) for row in range(len(self.dataset))],
+            batch_size=optimization.batch_size,
+            seed=self.experiment.seed,
+            bucket_batches=optimization.bucket_batches,
+        )
+        epochs = math.ceil(optimization.epochs * self.plan.batches_per_epoch)
+        self.steps = optimization.steps or max(1, epochs)
+
+    def _label_by_teacher(self) -> RetrievalData:
+        """Give every query of the split the document that the towers rank first, in the place of its judgements."""
+        names, precision = list(self.data.qrels), self.experiment.optimization.precision
+        texts = [self.data.queries[name] for name in names]
+        queries = embed_in_shares(
+            texts, lambda part: embed_queries(self.model, part, precision=precision), self.accelerator.device
+        )
+        vectors = self._embed(list(self.data.documents.values()))
+        _, rows = search_exhaustively(queries, vectors, 1, metric=self.model.head.metric)
+        ids = list(self.data.documents)
+        qrels = {name: {ids[row]: 1} for name, row in zip(names, rows.squeeze(1).tolist(), strict=True)}
+        return replace(self.data, qrels=qrels)
+
+    def _freeze(self, which: str) -> None:
+        """Stop the gradients of towers that do not train."""
+        if which in ("documents", "both"):
+            self.model.document_encoder.requires_grad_(False)
+        if which == "both":
+            self.model.query_encoder.requires_grad_(False)
+
+    def _load_corpus(self) -> TrainingCorpus | None:
+        """Return the corpus where it is needed by row, with its vectors where they do not change."""
+        live, freeze = self.experiment.live_negatives, self.experiment.optimization.freeze
+        if not live.per_query and freeze == "none":
+            return None
+        coded = live.per_query and live.by == "compressed"
+        corpus = TrainingCorpus(
+            self.data.documents.values(), num_codes=self.model.head.num_codes if coded else 0
+        )
+        if freeze != "none":
+            corpus.embed(self._embed)
+        return corpus
 
     def _check_batch(self, optimization: OptimizationConfig) -> None:
         shares = optimization.accumulation * self.processes
@@ -172,10 +226,13 @@ class Trainer:
             for a in range(optimization.accumulation)
         ]
         plan = self.plan.steps(self.progress.step, self.steps, slice(None))
+        frozen = optimization.freeze != "none"  # documents are then vectors already
         loader = DataLoader(
             self.dataset,
             batch_sampler=[batch[start : start + size] for batch in plan for start in offsets],
-            collate_fn=Collator(self.model.tokenize_queries, self.model.tokenize_documents),
+            collate_fn=Collator(
+                self.model.tokenize_queries, (lambda _: {}) if frozen else self.model.tokenize_documents
+            ),
             generator=torch.Generator(),  # its own, or its start would draw from the step's random numbers
         )
         for batch in loader:
@@ -186,21 +243,24 @@ class Trainer:
         optimization = self.experiment.optimization
         self.wrapped.train()
         for tower in (self.model.query_encoder, self.model.document_encoder):
-            tower.train(optimization.dropout)  # gradients flow in either mode
+            tower.train(optimization.dropout and any(p.requires_grad for p in tower.parameters()))
         row: dict[str, float] = defaultdict(float)
+        factor = learning_rate_factor(step, self.steps, optimization)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * learning_rate_factor(step, self.steps, optimization)
+            group["lr"] = group["peak_lr"] * factor
         compress = step >= self.head_start
         for number, batch in enumerate(islice(rounds, optimization.accumulation)):
             last = number == optimization.accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 parts, seen = self._losses(batch, compress)
-                loss = torch.stack(list(parts.values())).sum() / optimization.accumulation
-                self.accelerator.backward(loss)
+                loss = torch.stack([self._scale(name) * value for name, value in parts.items()]).sum()
+                self.accelerator.backward(loss / optimization.accumulation)
             for name, value in parts.items():
                 row[f"train/loss_{name}"] += self._mean(value) / optimization.accumulation
         row["train/loss"] = sum(value for name, value in row.items() if name.startswith("train/loss_"))
         row |= self._clip()
+        if compress:
+            self.model.head.descend(factor, torch.Generator().manual_seed(self._seed(step, rank=0)))
         self.optimizer.step()
         self.optimizer.zero_grad()
         if compress:
@@ -210,27 +270,31 @@ class Trainer:
 
     def _losses(self, batch: TokenBatch, compress: bool) -> tuple[dict[str, Tensor], ScoredBatch]:
         """Return the loss parts of one round, and what they were computed from."""
-        vectors = self.wrapped(batch, compress)
-        head = vectors.compressed
-        queries, own = len(vectors.queries), len(vectors.documents)
-        positives = torch.arange(queries, device=vectors.queries.device) * (own // queries)
-        labels = positives + self.accelerator.process_index * own
-        documents, reconstruction = all_gather(vectors.documents), all_gather(head.reconstruction)
-        keys = all_gather(batch.document_keys)
-        metric = self.model.head.metric
-        scored = ScoredBatch(
-            dense=score_matrix(vectors.queries, documents, metric),
-            compressed=score_matrix(vectors.queries, reconstruction, metric),
-            labels=labels,
-            ignore=other_relevant(keys, batch.relevant_keys, labels),
-            documents=vectors.documents,
-            reconstruction=head.reconstruction,
-            positives=positives,
-            log_assignment=head.log_assignment,
+        with self.accelerator.autocast():
+            batch = self.candidates.extend(batch, self.model, compressed=compress)
+            known = self.candidates.known_vectors(batch)
+            teacher = self.candidates.teach(batch, known)
+        vectors = self.wrapped(batch, compress, known)
+        scored = score_batch(
+            vectors,
+            batch,
+            metric=self.model.head.metric,
+            mode=self.experiment.optimization.cross_device,
+            teacher=teacher,
         )
         if compress:
-            self.model.head.count(all_gather(head.codes))
-        return {**self.loss(scored), **head.losses}, scored
+            self.model.head.count(all_gather(vectors.compressed.codes))
+        head_losses = {f"head_{name}": value for name, value in vectors.compressed.losses.items()}
+        return {**self.loss(scored), **head_losses}, scored
+
+    def _scale(self, name: str) -> int:
+        """Return the factor of a loss part whose gradient is averaged over the devices.
+
+        In mode `full` every device has the gradient of the whole loss by its own vectors, and the sum is wanted.
+        """
+        optimization = self.experiment.optimization
+        whole = optimization.cross_device == "full" and optimization.world_scale == "exact"
+        return self.processes if whole and not name.startswith("head_") else 1
 
     def _clip(self) -> dict[str, float]:
         """Clip the gradients of towers and head, each to the norm; return both norms."""
@@ -256,25 +320,48 @@ class Trainer:
                     value[mask] = 0  # the optimizer forgets the old codeword
         return row
 
+    def _start_or_refresh(self, step: int) -> None:
+        """Start the head when its time has come; afterwards renew the codes that live negatives are ranked by."""
+        every = self.experiment.live_negatives.refresh
+        if step == self.head_start:
+            self._warm_start()
+        elif step > self.head_start and every and (step - self.head_start) % every == 0:
+            self.candidates.refresh(self.model, self._corpus_vectors())
+
+    def _corpus_vectors(self) -> Tensor | None:
+        """Return the current vectors of the whole corpus, where it is kept."""
+        if self.corpus is None:
+            return None
+        return self._embed(self.corpus.documents) if self.corpus.vectors is None else self.corpus.vectors
+
     def _warm_start(self) -> None:
         """Give the head its starting values from the current vectors of a sample of documents."""
         optimization = self.experiment.optimization
         ids = self._warm_start_ids()
-        chosen = torch.randperm(
-            len(ids), generator=torch.Generator().manual_seed(self.experiment.seed)
-        ).tolist()
-        documents = [self.data.documents[ids[row]] for row in chosen[: optimization.warm_start_documents]]
-        vectors = embed_in_shares(
-            documents,
-            lambda part: embed_documents(self.model, part, precision=optimization.precision),
-            self.accelerator.device,
-        )
+        generator = torch.Generator().manual_seed(self.experiment.seed)
+        chosen = torch.randperm(len(ids), generator=generator).tolist()[: optimization.warm_start_documents]
+        documents = [self.data.documents[ids[row]] for row in chosen]
+        whole = self._corpus_vectors()
+        if self.corpus is None or whole is None:
+            vectors = self._embed(documents)
+        else:
+            vectors = whole[[self.corpus.row[document_key(document.id)] for document in documents]]
         head = self.model.head
         if self.accelerator.is_main_process:
             head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
         if self.processes > 1:
             for value in head.state_dict().values():
                 torch.distributed.broadcast(value, 0)
+        self.candidates.start(self.model, whole)
+
+    def _embed(self, documents: Sequence[Document]) -> Tensor:
+        """Return the current vectors of documents, on the device; every process embeds a share."""
+        precision = self.experiment.optimization.precision
+        return embed_in_shares(
+            documents,
+            lambda part: embed_documents(self.model, part, precision=precision),
+            self.accelerator.device,
+        )
 
     def _warm_start_ids(self) -> list[str]:
         if self.experiment.optimization.warm_start_from == "corpus":
@@ -330,7 +417,7 @@ class Trainer:
             self.progress.processes = self.processes
             save_checkpoint(
                 self.folder / "checkpoints",
-                model=self.model,
+                model=self.state,
                 optimizer=self.optimizer,
                 progress=self.progress,
                 experiment_yaml=dump_experiment(self.experiment),
@@ -339,25 +426,13 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
 
-    def _refuse_finished(self, resume: bool) -> None:
-        if not resume:
-            for name in ("metrics.jsonl", "checkpoints", "best", "last"):
-                if (self.folder / name).exists():
-                    raise InputError(
-                        f"{self.folder} holds a run already. Choose another output, add --resume to continue it, "
-                        "or delete it first."
-                    )
-        elif (self.folder / "last").exists():
-            raise InputError(f"{self.folder} is a finished run. Choose another output to train again.")
-
     def _restore(self, resume: bool) -> None:
         """Continue from the newest checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = latest_checkpoint(self.folder / "checkpoints") if resume else None
+        path = checkpoint_to_continue(self.folder, self.experiment) if resume else None
         if path is None:
             return
-        self._refuse_changed(path)
-        self.progress, scaler = load_checkpoint(path, model=self.model, optimizer=self.optimizer)
+        self.progress, scaler = load_checkpoint(path, model=self.state, optimizer=self.optimizer)
         if self.progress.processes != self.processes:
             raise InputError(
                 f"{path} was written by {self.progress.processes} processes and cannot continue exactly on "
@@ -365,19 +440,6 @@ class Trainer:
             )
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
-
-    def _refuse_changed(self, path: Path) -> None:
-        stored, current = (
-            flatten(yaml.safe_load(dump_experiment(experiment)))
-            for experiment in (load_experiment(path / "experiment.yaml"), self.experiment)
-        )
-        names = sorted(stored.keys() | current.keys())
-        changed = [n for n in names if n.split(".")[0] not in MAY_CHANGE and stored.get(n) != current.get(n)]
-        if changed:
-            raise InputError(
-                f"{path} was written with another {', '.join(changed)}. Resume with the same experiment "
-                f"({', '.join(MAY_CHANGE)} may change), or choose another output."
-            )
 
     def _due(self, every: int) -> bool:
         """Whether something that happens each `every` steps, and at the end, happens after this step."""

@@ -1,6 +1,6 @@
 """Index families: one family, one file. A new family is one file and one line of `BUILDERS`."""
 
-from index.builders.base import FaissIndex, IndexBuilder, search_index
+from index.builders.base import FaissIndex, IndexBuilder, inverted_file, probing_all, search_index
 from index.builders.flat import FlatBuilder
 from index.builders.ivfpq import IVFPQBuilder
 from index.builders.pq import PQBuilder
@@ -18,5 +18,7 @@ __all__ = [
     "IVFPQBuilder",
     "IndexBuilder",
     "PQBuilder",
+    "inverted_file",
+    "probing_all",
     "search_index",
 ]

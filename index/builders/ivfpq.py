@@ -1,4 +1,4 @@
-"""`faiss.IndexIVFPQ` with zero centroids: the form of a flat product quantizer that FAISS has on a GPU.
+"""`faiss.IndexIVFPQ`: learned inverted lists, or a flat product quantizer in the form that FAISS has on a GPU.
 
 FAISS clones no `IndexPQ` to a GPU. With every coarse centroid zero, residuals are the vectors themselves, so
 `IndexIVFPQ` gives the scores of `IndexPQ` when all lists are probed.
@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from index._faiss import load_faiss
-from index.builders.base import FaissIndex, IndexBuilder, refuse, set_vector, with_rotation
+from index.builders.base import (
+    FaissIndex,
+    IndexBuilder,
+    product_shape,
+    refuse,
+    set_codebooks,
+    with_rotation,
+)
 from retriever.errors import InputError
-from retriever.heads import FaissExport, ProductCodebooks
+from retriever.heads import CoarseProductCodebooks, FaissExport, ProductCodebooks, pack_list_numbers
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -25,56 +32,70 @@ __all__ = ["IVFPQBuilder"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IVFPQBuilder(IndexBuilder):
-    """Exhaustive search over product-quantized codes in inverted lists.
+    """Search over product-quantized codes in inverted lists.
 
     Attributes:
-        nlist: Lists over which the codes are spread in turn; more lists occupy a GPU better. All are probed.
+        nlist: For a head without lists: lists over which the codes are spread in turn; more lists occupy a GPU
+            better. All are probed.
+        nprobe: For a head with lists: lists that a search probes unless it says otherwise; by default the square
+            root of their number.
     """
 
     nlist: int = 1
+    nprobe: int | None = None
 
     def __post_init__(self) -> None:
         if self.nlist < 1:
             raise InputError(f"nlist must be at least 1, got {self.nlist}.")
+        if self.nprobe is not None and self.nprobe < 1:
+            raise InputError(f"nprobe must be at least 1, got {self.nprobe}.")
 
     def check(self, export: FaissExport) -> None:
-        """Raise InputError unless the head is a product quantizer."""
+        """Raise InputError unless the head is a product quantizer, with lists or without, and the options fit it."""
         if not isinstance(export, ProductCodebooks):
-            raise refuse("ivfpq", export, "Choose --index.kind auto, or train with the head `pq`.")
+            raise refuse("ivfpq", export, "Choose --index.kind auto, or train with the head `pq` or `ivfpq`.")
+        learned = isinstance(export, CoarseProductCodebooks)
+        if learned and self.nlist != 1:
+            raise InputError(f"the head has its own lists, so nlist cannot be set; got {self.nlist}.")
+        if not learned and self.nprobe is not None:
+            raise InputError(
+                f"the head has no lists, so all are probed and nprobe cannot be set; got {self.nprobe}. "
+                "Train with the head `ivfpq`."
+            )
 
     def build(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
-        """Return `IndexIVFPQ` (behind a rotation if there is one) with `nprobe` = `nlist`."""
+        """Return `IndexIVFPQ`, behind a rotation if there is one.
+
+        Learned lists hold the codes as the head assigned them: nothing is assigned again.
+        """
         self.check(export)
         assert isinstance(export, ProductCodebooks), "checked above"
         faiss = load_faiss()
-        books, codewords, width = export.codebooks.shape
-        assert codewords & (codewords - 1) == 0, f"FAISS needs 2**nbits codewords, got {codewords}"
+        dim, books, nbits = product_shape(export)
+        if isinstance(export, CoarseProductCodebooks):
+            centroids = np.ascontiguousarray(export.centroids.numpy())
+            nprobe = min(self.nprobe or round(len(centroids) ** 0.5), len(centroids))
+        else:
+            centroids = np.zeros((self.nlist, dim), dtype=np.float32)
+            lists = pack_list_numbers(np.arange(len(codes)) % self.nlist, self.nlist)
+            codes = np.hstack([lists, codes])
+            nprobe = self.nlist
         inner_product = export.metric == "inner_product"
-        dim, nbits = books * width, codewords.bit_length() - 1
+        # the coarse metric is the index's own: FastScan and the GPU add the coarse distance as it is returned
         quantizer = (faiss.IndexFlatIP if inner_product else faiss.IndexFlatL2)(dim)
-        quantizer.add(np.zeros((self.nlist, dim), dtype=np.float32))
+        quantizer.add(centroids)
         metric = faiss.METRIC_INNER_PRODUCT if inner_product else faiss.METRIC_L2
-        built = faiss.IndexIVFPQ(quantizer, dim, self.nlist, books, nbits, metric)
+        built = faiss.IndexIVFPQ(quantizer, dim, len(centroids), books, nbits, metric)
         built.own_fields = True  # the index frees its quantizer, also after this function returns
         quantizer.this.disown()
-        set_vector(built.pq.centroids, export.codebooks.numpy(), books * codewords * width)
+        set_codebooks(built, export)
         built.by_residual = True
-        built.nprobe = self.nlist
-        built.is_trained = True
-        built.add_sa_codes(prefix_lists(np.arange(len(codes)) % self.nlist, codes, self.nlist))
+        built.nprobe = nprobe
+        built.add_sa_codes(np.ascontiguousarray(codes))
         if not inner_product:
             built.precompute_table()
         assert built.metric_type == metric, (
             "FAISS pull request 4527: the constructor must not change the metric"
         )
         assert built.quantizer.ntotal == built.nlist, "FAISS does not check this itself"
-        return with_rotation(built, None if export.rotation is None else export.rotation.numpy())
-
-
-def prefix_lists(
-    lists: NDArray[np.int64], codes: UInt8[NDArray[np.uint8], "n size"], nlist: int
-) -> UInt8[NDArray[np.uint8], "n total"]:
-    """Return rows as `IndexIVF.add_sa_codes` takes them: list number (little-endian, bytes of nlist - 1), code."""
-    width = ((nlist - 1).bit_length() + 7) // 8
-    prefix = lists.astype("<u8").view(np.uint8).reshape(len(codes), 8)[:, :width]
-    return np.ascontiguousarray(np.hstack([prefix, codes]))
+        return with_rotation(built, export)

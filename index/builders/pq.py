@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from index._faiss import load_faiss
-from index.builders.base import FaissIndex, IndexBuilder, refuse, set_vector, with_rotation
-from retriever.heads import FaissExport, ProductCodebooks
+from index.builders.base import (
+    FaissIndex,
+    IndexBuilder,
+    product_shape,
+    refuse,
+    set_codebooks,
+    with_rotation,
+)
+from retriever.heads import CoarseProductCodebooks, FaissExport, ProductCodebooks
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8
@@ -23,8 +30,8 @@ class PQBuilder(IndexBuilder):
     """Exhaustive search over product-quantized codes, M nbits / 8 bytes a document, on the CPU."""
 
     def check(self, export: FaissExport) -> None:
-        """Raise InputError unless the head is a product quantizer."""
-        if not isinstance(export, ProductCodebooks):
+        """Raise InputError unless the head is a product quantizer without lists."""
+        if not isinstance(export, ProductCodebooks) or isinstance(export, CoarseProductCodebooks):
             raise refuse("pq", export, "Choose --index.kind auto, or train with the head `pq`.")
 
     def build(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
@@ -32,12 +39,8 @@ class PQBuilder(IndexBuilder):
         self.check(export)
         assert isinstance(export, ProductCodebooks), "checked above"
         faiss = load_faiss()
-        books, codewords, width = export.codebooks.shape
-        assert codewords & (codewords - 1) == 0, f"FAISS needs 2**nbits codewords, got {codewords}"
-        nbits = codewords.bit_length() - 1
         metric = faiss.METRIC_INNER_PRODUCT if export.metric == "inner_product" else faiss.METRIC_L2
-        built = faiss.IndexPQ(books * width, books, nbits, metric)
-        set_vector(built.pq.centroids, export.codebooks.numpy(), books * codewords * width)
-        built.is_trained = True
+        built = faiss.IndexPQ(*product_shape(export), metric)
+        set_codebooks(built, export)
         built.add_sa_codes(np.ascontiguousarray(codes))
-        return with_rotation(built, None if export.rotation is None else export.rotation.numpy())
+        return with_rotation(built, export)

@@ -1,6 +1,7 @@
 """Compression heads: one method, one file. A new head is one file and one line of `HEADS`."""
 
 from retriever.heads.base import (
+    CoarseProductCodebooks,
     CompressionHead,
     FaissExport,
     FlatVectors,
@@ -9,23 +10,29 @@ from retriever.heads.base import (
     ProductCodebooks,
     QuantizerFit,
     pack_codes,
+    pack_list_numbers,
     unpack_codes,
 )
+from retriever.heads.ivfpq import IVFProductQuantizer, IVFProductQuantizerConfig
 from retriever.heads.none import NoCompression, NoCompressionConfig
 from retriever.heads.pq import ProductQuantizer, ProductQuantizerConfig
 
 HEADS: dict[str, type[HeadConfig]] = {
     "none": NoCompressionConfig,
     "pq": ProductQuantizerConfig,
+    "ivfpq": IVFProductQuantizerConfig,
 }
 
 __all__ = [
     "HEADS",
+    "CoarseProductCodebooks",
     "CompressionHead",
     "FaissExport",
     "FlatVectors",
     "HeadConfig",
     "HeadOutput",
+    "IVFProductQuantizer",
+    "IVFProductQuantizerConfig",
     "NoCompression",
     "NoCompressionConfig",
     "ProductCodebooks",
@@ -33,5 +40,6 @@ __all__ = [
     "ProductQuantizerConfig",
     "QuantizerFit",
     "pack_codes",
+    "pack_list_numbers",
     "unpack_codes",
 ]

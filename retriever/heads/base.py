@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "CoarseProductCodebooks",
     "CompressionHead",
     "FaissExport",
     "FlatVectors",
@@ -28,6 +29,7 @@ __all__ = [
     "ProductCodebooks",
     "QuantizerFit",
     "pack_codes",
+    "pack_list_numbers",
     "unpack_codes",
 ]
 
@@ -60,12 +62,15 @@ class HeadOutput:
         losses: Weighted auxiliary losses by name (distortion, commitment ...).
         log_assignment: log-probability of each vector's codes, summed over M, (N,); None where the
             estimator has no selection probability.
+        coarse: The part of the reconstruction that a document's inverted list stands for, (N, D); None where there
+            are no lists.
     """
 
     reconstruction: Float[Tensor, "N D"]
     codes: Int[Tensor, "N M"]
     losses: dict[str, Tensor] = field(default_factory=dict)
     log_assignment: Float[Tensor, " N"] | None = None
+    coarse: Float[Tensor, "N D"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +93,24 @@ class ProductCodebooks(FaissExport):
 
     Attributes:
         codebooks: Codewords, (M, K, S) float32.
-        rotation: Orthonormal matrix A of y = A x (as `nn.Linear.weight` and `faiss.LinearTransform.A`),
-            (D, D) float32, or None.
+        rotation: Matrix A of y = A x (as `nn.Linear.weight` and `faiss.LinearTransform.A`), (D, D) float32, or None.
+        orthonormal: Whether the rotation is; one that is not carries inner products only.
     """
 
     codebooks: Float[Tensor, "M K S"]
     rotation: Float[Tensor, "D D"] | None = None
+    orthonormal: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoarseProductCodebooks(ProductCodebooks):
+    """Product quantizer of the residuals to coarse centroids, all behind the rotation.
+
+    Attributes:
+        centroids: One of each inverted list, (J, D) float32.
+    """
+
+    centroids: Float[Tensor, "J D"]
 
 
 class QuantizerFit(Protocol):
@@ -105,14 +122,31 @@ class QuantizerFit(Protocol):
         """Return the rotation (None unless `rotate`) and the codebooks of a product quantizer."""
         ...
 
+    def coarse_product_codebooks(
+        self,
+        sample: Float[Tensor, "n D"],
+        *,
+        num_lists: int,
+        num_codebooks: int,
+        codebook_bits: int,
+        rotate: bool,
+        on_residuals: bool,
+        seed: int,
+    ) -> tuple[Float[Tensor, "D D"] | None, Float[Tensor, "J D"], Float[Tensor, "M K S"]]:
+        """Return rotation (None unless `rotate`), coarse centroids and codebooks, both in the rotated space.
+
+        The codebooks fit the residuals to the nearest centroids, or whole vectors unless `on_residuals`.
+        """
+        ...
+
 
 class CompressionHead(nn.Module, ABC):
     """Learned compression of document vectors.
 
     Args:
         dim: Dimension D of the vectors.
-        num_codes: Codes M of a vector.
-        code_bits: Bits of a code.
+        num_codes: Codes of a vector.
+        code_bits: Bits of a code; a head whose codes differ in bits overrides `code_size`, `pack` and `unpack`.
         metric: Score contract of training, evaluation and index.
     """
 
@@ -145,6 +179,14 @@ class CompressionHead(nn.Module, ABC):
     def decode(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N D"]:
         """Return the vectors that codes stand for."""
 
+    def pack(self, codes: Int[Tensor, "N M"]) -> NDArray[np.uint8]:
+        """Return the bytes that FAISS's `add_sa_codes` takes, (N, code_size)."""
+        return pack_codes(codes, self.code_bits)
+
+    def unpack(self, packed: UInt8[NDArray[np.uint8], "N size"]) -> Int[Tensor, "N M"]:
+        """Invert `pack`."""
+        return unpack_codes(packed, self.num_codes, self.code_bits)
+
     @abstractmethod
     def export(self) -> FaissExport:
         """Return what an index needs, as plain tensors."""
@@ -152,6 +194,18 @@ class CompressionHead(nn.Module, ABC):
     @abstractmethod
     def warm_start(self, sample: Float[Tensor, "n D"], fit: QuantizerFit, seed: int) -> None:
         """Set starting values from a sample of live vectors."""
+
+    def manual_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that `descend` moves instead of the optimizer."""
+        return []
+
+    def descend(self, factor: float, generator: torch.Generator) -> None:
+        """Move the manual parameters down their gradients.
+
+        Args:
+            factor: Place in the learning rate schedule, 0 to 1.
+            generator: Random numbers, equal on every device.
+        """
 
     @abstractmethod
     def count(self, codes: Int[Tensor, "N M"]) -> None:
@@ -185,6 +239,12 @@ def pack_codes(codes: Int[Tensor, "N M"], code_bits: int) -> NDArray[np.uint8]:
         return values.astype("<i4").view(np.uint8).reshape(len(values), -1)
     bits = (values[:, :, None].astype(np.int64) >> np.arange(code_bits)) & 1  # (N, M, bits), lowest bit first
     return np.packbits(bits.astype(np.uint8).reshape(len(values), -1), axis=1, bitorder="little")
+
+
+def pack_list_numbers(lists: Int[NDArray[np.int64], " N"], num_lists: int) -> NDArray[np.uint8]:
+    """Return list numbers as `faiss.IndexIVF` writes them before a code: little-endian, bytes of `num_lists` - 1."""
+    width = ((num_lists - 1).bit_length() + 7) // 8
+    return lists.astype("<u8").view(np.uint8).reshape(len(lists), 8)[:, :width]
 
 
 def unpack_codes(

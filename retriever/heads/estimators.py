@@ -9,7 +9,7 @@ Shapes: N vectors, M codebooks, K codewords, S sub-dimensions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -22,10 +22,14 @@ __all__ = [
     "ESTIMATORS",
     "Estimate",
     "Estimator",
+    "EstimatorName",
     "codeword_estimator",
     "identity_estimator",
+    "select",
     "softmax_estimator",
 ]
+
+EstimatorName = Literal["identity", "codeword", "softmax"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,8 @@ class Estimator(Protocol):
         Args:
             z: Sub-vectors.
             codebooks: Codewords.
-            scores: Selection scores, -(squared L2 distance) / temperature.
-            codes: argmax of `scores` over K.
+            scores: Selection scores divided by the temperature; by default -(squared L2 distance).
+            codes: Chosen codewords: argmax of `scores` over K, unless the assignment is frozen or balanced.
         """
         ...
 

@@ -25,9 +25,9 @@ from transformers import AutoModel
 
 from retriever import DualEncoder, DualEncoderConfig
 from retriever.data import document_key, other_relevant
+from retriever.distributed import all_gather
 from retriever.heads import CompressionHead, ProductQuantizerConfig
 from training import Experiment, Trainer, dump_experiment
-from training.distributed import all_gather
 from training.experiment import DataConfig, EvaluationConfig, OptimizationConfig, TrackingConfig
 from training.losses import ContrastiveConfig, MCLConfig, ScoredBatch
 

@@ -2,11 +2,17 @@
 
 from training.losses.base import LossConfig, RetrievalLoss, ScoredBatch
 from training.losses.contrastive import Contrastive, ContrastiveConfig
+from training.losses.distillation import Distillation, DistillationConfig
+from training.losses.hinge import Hinge, HingeConfig
+from training.losses.lambda_rank import LambdaRank, LambdaRankConfig
 from training.losses.mcl import MCL, MCLConfig
 
 LOSSES: dict[str, type[LossConfig]] = {
     "contrastive": ContrastiveConfig,
     "mcl": MCLConfig,
+    "hinge": HingeConfig,
+    "distillation": DistillationConfig,
+    "lambda_rank": LambdaRankConfig,
 }
 
 __all__ = [
@@ -14,6 +20,12 @@ __all__ = [
     "MCL",
     "Contrastive",
     "ContrastiveConfig",
+    "Distillation",
+    "DistillationConfig",
+    "Hinge",
+    "HingeConfig",
+    "LambdaRank",
+    "LambdaRankConfig",
     "LossConfig",
     "MCLConfig",
     "RetrievalLoss",

@@ -28,25 +28,31 @@ class ScoredBatch:
         dense: Scores of queries with uncompressed documents, (B, N).
         compressed: Scores of queries with reconstructed documents, (B, N): those of the index.
         labels: Column of each query's positive, (B,).
-        ignore: Other documents relevant to the query, left out of every softmax, (B, N).
-        documents: Uncompressed vectors of this device's documents, (n, D).
+        ignore: Documents that must not count as negatives of a query: others relevant to it, and repeated ones, (B, N).
+        repeated: Documents that stand in an earlier column too, (B, N).
+        documents: Uncompressed vectors of the documents of `positives`, (n, D): this device's, n <= N.
         reconstruction: The same after compression, (n, D).
-        positives: Rows of this device's documents that are positives, (B,).
-        log_assignment: log-probability of this device's documents' codes, (n,), or None.
+        positives: Rows of `documents` that are positives, (B,).
+        log_assignment: log-probability of the codes of `documents`, (n,), or None.
+        coarse: Scores of queries with the centroids of the documents' inverted lists, (B, N), or None.
+        teacher: Scores of the frozen teacher, (B, N), or None.
     """
 
     dense: Float[Tensor, "B N"]
     compressed: Float[Tensor, "B N"]
     labels: Int[Tensor, " B"]
     ignore: Bool[Tensor, "B N"]
+    repeated: Bool[Tensor, "B N"]
     documents: Float[Tensor, "n D"]
     reconstruction: Float[Tensor, "n D"]
     positives: Int[Tensor, " B"]
     log_assignment: Float[Tensor, " n"] | None = None
+    coarse: Float[Tensor, "B N"] | None = None
+    teacher: Float[Tensor, "B N"] | None = None
 
 
 class RetrievalLoss(nn.Module, ABC):
-    """A loss on scores. It never owns the model, and holds no trainable state."""
+    """A loss on scores. It never owns the model, and holds no trainable state; its buffers are checkpointed."""
 
     @abstractmethod
     def forward(self, batch: ScoredBatch) -> dict[str, Tensor]:
@@ -58,6 +64,11 @@ class LossConfig(ABC):
     """Base of the losses' configurations; choose one by `class_path`."""
 
     name: ClassVar[str] = ""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the loss reads `ScoredBatch.teacher`."""
+        return False
 
     @abstractmethod
     def build(self) -> RetrievalLoss:

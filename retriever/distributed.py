@@ -1,4 +1,4 @@
-"""The one gather primitive: differentiable, exact, on any backend.
+"""Gathering over devices: differentiable, exact, on any backend.
 
 Shapes: n rows of this device, W devices.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Shaped
 
-__all__ = ["all_gather", "world_size"]
+__all__ = ["all_gather", "gather_detached", "gather_padded", "world_size"]
 
 
 def world_size() -> int:
@@ -34,6 +34,24 @@ def all_gather(x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "Wn ..."]:
     if x.is_floating_point():
         return _AllGather.apply(x)  # type: ignore[no-any-return,no-untyped-call]
     return _gather(x)
+
+
+def gather_detached(x: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "Wn ..."]:
+    """Join the rows of all devices; only this device's rows keep their gradient path, and none comes from others."""
+    if world_size() == 1:
+        return x
+    rows, rank = len(x), dist.get_rank()
+    joined = _gather(x.detach())
+    return torch.cat([joined[: rank * rows], x, joined[(rank + 1) * rows :]])
+
+
+def gather_padded(x: Shaped[Tensor, "n width"]) -> Shaped[Tensor, "Wn widest"]:
+    """Join rows whose width differs by device, with zeros on the right."""
+    if world_size() == 1:
+        return x
+    width = torch.tensor(x.shape[1], device=x.device)
+    dist.all_reduce(width, dist.ReduceOp.MAX)
+    return _gather(torch.nn.functional.pad(x, (0, int(width) - x.shape[1])))
 
 
 def _gather(x: Tensor) -> Tensor:

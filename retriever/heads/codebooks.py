@@ -1,0 +1,147 @@
+"""Codebooks: the trainable part that product quantizers share; a coarse quantizer is one codebook of whole vectors.
+
+Shapes: N vectors, M codebooks, K codewords, S sub-dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from retriever.heads.balance import balanced_codes
+from retriever.heads.estimators import ESTIMATORS, Estimate, EstimatorName, select
+from retriever.heads.selection import SELECTIONS, SelectionName
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
+__all__ = ["AssignmentName", "Balance", "Codebooks"]
+
+AssignmentName = Literal["live", "frozen", "frozen_in_training"]
+"""By which codewords codes are chosen: the current ones, or a copy of the starting ones, always or until training
+ends."""
+
+ROWS_AT_ONCE = 4096  # bounds the (rows, M, K) table of scores in `encode`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """Settings of a Sinkhorn-balanced assignment in training."""
+
+    epsilon: float
+    iterations: int
+
+
+class Codebooks(nn.Module):
+    """M codebooks of K codewords, how codewords are chosen, and what a gradient reaches.
+
+    Args:
+        num_codebooks: M.
+        codewords: K.
+        width: S.
+        estimator: Gradient estimator of the choice.
+        selection: Selection function of the choice.
+        temperature: Divides the selection scores in the estimator.
+        assignment: Choose by the current codewords, or by a copy of the starting ones, so that codes do not move when
+            codewords do.
+        balance: Balance the choice in training; None chooses freely.
+    """
+
+    usage: Tensor
+    anchors: Tensor
+
+    def __init__(
+        self,
+        num_codebooks: int,
+        codewords: int,
+        width: int,
+        *,
+        estimator: EstimatorName,
+        selection: SelectionName = "l2",
+        temperature: float = 1.0,
+        assignment: AssignmentName = "live",
+        balance: Balance | None = None,
+    ) -> None:
+        super().__init__()
+        shape = (num_codebooks, codewords, width)
+        self.codewords = nn.Parameter(torch.empty(shape).uniform_(-1, 1))  # MoPQ's start
+        self.selection = SELECTIONS[selection](*shape)
+        self.register_buffer("usage", torch.zeros(shape[:2], dtype=torch.int64))
+        self.assignment = assignment
+        if assignment != "live":
+            self.register_buffer("anchors", self.codewords.detach().clone())
+        self.balance = balance
+        self._estimator = ESTIMATORS[estimator]
+        self._temperature = temperature
+
+    @torch.no_grad()
+    def start(self, codewords: Float[Tensor, "M K S"]) -> None:
+        """Set the codewords, what depends on them, and an empty window of use."""
+        self.codewords.copy_(codewords)
+        self.selection.start(self.codewords)
+        if self.assignment != "live":
+            self.anchors.copy_(self.codewords)
+        self.usage.zero_()
+
+    def forward(self, z: Float[Tensor, "N M S"]) -> tuple[Estimate, Int[Tensor, "N M"]]:
+        """Return the chosen codewords with the estimator's gradient path, and the codes."""
+        scores = self.selection(z, self.codewords)
+        if self.assignment != "live":
+            codes = self.selection(z, self.anchors).argmax(-1)
+        elif self.balance and self.training:
+            codes = balanced_codes(-scores, epsilon=self.balance.epsilon, iterations=self.balance.iterations)
+        else:
+            codes = scores.argmax(-1)
+        return self._estimator(z, self.codewords, scores / self._temperature, codes), codes
+
+    @torch.no_grad()
+    def encode(self, z: Float[Tensor, "N M S"]) -> Int[Tensor, "N M"]:
+        """Return the codes."""
+        books = self.anchors if self.assignment == "frozen" else self.codewords
+        parts = [self.selection(rows, books).argmax(-1) for rows in z.split(ROWS_AT_ONCE)]
+        return torch.cat(parts) if parts else z.new_empty(z.shape[:2], dtype=torch.int64)
+
+    def select(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N M S"]:
+        """Return the codewords that codes name."""
+        return select(self.codewords, codes)
+
+    @torch.no_grad()
+    def count(self, codes: Int[Tensor, "N M"]) -> None:
+        """Add codes to the usage counts of the current window."""
+        self.usage.scatter_add_(1, codes.T, torch.ones_like(codes.T))
+
+    def usage_statistics(self) -> dict[str, float]:
+        """Return perplexity (exp of the entropy of use, 1 to K) and the share of codewords unused in the window.
+
+        Empty while the window holds fewer documents than a codebook has codewords.
+        """
+        if int(self.usage[0].sum()) < self.usage.shape[1]:
+            return {}
+        share = self.usage.double() / self.usage.sum(1, keepdim=True).clamp(min=1)
+        entropy = -(share * share.clamp(min=1e-12).log()).sum(1)  # (M,)
+        dead = (self.usage == 0).double().mean()
+        return {"perplexity": entropy.exp().mean().item(), "dead_codes": dead.item()}
+
+    @torch.no_grad()
+    def restart_dead_codes(
+        self, z: Float[Tensor, "N M S"], window: float, generator: torch.Generator
+    ) -> dict[nn.Parameter, Bool[Tensor, "M K"]]:
+        """Once the window is full, put a random sub-vector in the place of every codeword it did not use.
+
+        Args:
+            z: Sub-vectors to choose from.
+            window: Documents a codeword, on average, that fill the window.
+            generator: Chooses.
+        """
+        if self.assignment != "live" or int(self.usage[0].sum()) < window * self.usage.shape[1]:
+            return {}
+        z = z.transpose(0, 1)  # (M, N, S)
+        dead = self.usage == 0
+        rows = torch.randint(z.shape[1], dead.shape, generator=generator).to(z.device)  # (M, K)
+        replacement = z.gather(1, rows.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
+        self.codewords.copy_(torch.where(dead.unsqueeze(-1), replacement, self.codewords))
+        self.usage.zero_()
+        return {self.codewords: dead} if bool(dead.any()) else {}

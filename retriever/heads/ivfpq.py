@@ -1,0 +1,253 @@
+"""Learned inverted file with residual product quantization (Poeem, arXiv:2105.03933; Distill-VQ, arXiv:2204.00185).
+
+A coarse quantizer of J centroids names a document's inverted list; a product quantizer encodes what is left. Both
+live in the rotated space and train with the towers.
+
+Shapes: N vectors, D dimensions, J lists, M codebooks, K = 2**bits codewords, S = D // M sub-dimensions.
+A document's codes are its list number and M codewords.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from retriever.errors import InputError
+from retriever.heads.base import (
+    CoarseProductCodebooks,
+    CompressionHead,
+    HeadOutput,
+    QuantizerFit,
+    pack_codes,
+    pack_list_numbers,
+    unpack_codes,
+)
+from retriever.heads.codebooks import AssignmentName, Codebooks
+from retriever.heads.pq import ProductQuantizerConfig, auxiliary_losses
+from retriever.transforms import ROTATIONS
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, UInt8
+    from numpy.typing import NDArray
+
+__all__ = ["IVFProductQuantizer", "IVFProductQuantizerConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IVFProductQuantizerConfig(ProductQuantizerConfig):
+    """Size and training of an `IVFProductQuantizer`: that of a product quantizer, and its lists.
+
+    Attributes:
+        num_lists: J, inverted lists; FAISS's rule of thumb is 4 to 16 times the square root of the documents.
+        list_assignment: A document's list is that of the nearest current centroid ("live", Poeem), or of the nearest
+            starting centroid for ever ("frozen", Distill-VQ) or in training ("frozen_in_training", LibVQ's export).
+        residual_start: Fit the codebooks to residuals; false fits them to whole vectors, as Poeem released.
+    """
+
+    name: ClassVar[str] = "ivfpq"
+
+    num_lists: int = 256
+    list_assignment: AssignmentName = "live"
+    residual_start: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_lists < 1:
+            raise InputError(f"num_lists must be at least 1, got {self.num_lists}.")
+        if self.list_assignment not in get_args(AssignmentName):
+            raise InputError(
+                f"list_assignment must be one of {', '.join(get_args(AssignmentName))}, got "
+                f"{self.list_assignment!r}."
+            )
+
+    def check_sample(self, documents: int) -> None:
+        """Raise InputError if the warm start would have fewer documents than lists or codewords."""
+        super().check_sample(documents)
+        if documents < self.num_lists:
+            raise InputError(
+                f"the warm start needs at least {self.num_lists} documents for num_lists={self.num_lists}, got "
+                f"{documents}. Raise warm_start_documents or lower num_lists."
+            )
+
+    def build(self, dim: int) -> IVFProductQuantizer:  # type: ignore[override]
+        """Return the head for vectors of `dim` dimensions."""
+        return IVFProductQuantizer(self, dim)
+
+
+class IVFProductQuantizer(CompressionHead):
+    """Coarse centroid plus product-quantized residual.
+
+    T(x) = (v_a + concat_m c_m) A with z = A x, a = argmin_j ||z - v_j||^2, and c_m the codeword of (z - v_a)_m.
+    Exports to `faiss.IndexIVFPQ` without loss: centroids become its lists, and every code keeps the list it has here.
+
+    Args:
+        config: Lists, codebooks, rotation, gradient estimator, weights.
+        dim: Dimension D of the vectors; a multiple of `config.num_codebooks`.
+
+    Raises:
+        InputError: If `dim` is not a multiple of `config.num_codebooks`.
+    """
+
+    def __init__(self, config: IVFProductQuantizerConfig, dim: int) -> None:
+        config.check(dim)
+        super().__init__(
+            dim=dim, num_codes=1 + config.num_codebooks, code_bits=config.codebook_bits, metric=config.metric
+        )
+        self._config = config
+        self.rotate = ROTATIONS[config.rotation](dim)
+        self.coarse = Codebooks(
+            1,
+            config.num_lists,
+            dim,
+            # the softmax path over lists is not published; a centroid gets the direct gradient
+            estimator="identity" if config.estimator == "identity" else "codeword",
+            assignment=config.list_assignment,
+        )
+        self.fine = config.build_codebooks(dim)
+
+    @property
+    def config(self) -> IVFProductQuantizerConfig:
+        """The configuration that built this head."""
+        return self._config
+
+    @property
+    def rotation(self) -> Float[Tensor, "D D"]:
+        """Matrix A of z = A x."""
+        return self.rotate.matrix
+
+    @property
+    def centroids(self) -> Float[Tensor, "J D"]:
+        """Coarse centroids, in the rotated space."""
+        return self.coarse.codewords[0]
+
+    @property
+    def list_bytes(self) -> int:
+        """Bytes of a list number, as `IndexIVF` counts them."""
+        return ((self._config.num_lists - 1).bit_length() + 7) // 8
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a packed row: list number and code. In FAISS the list number is implied by the list."""
+        return self.list_bytes + (self._config.num_codebooks * self.code_bits + 7) // 8
+
+    def forward(self, x: Float[Tensor, "N D"]) -> HeadOutput:
+        """Quantize with the configured gradient estimator, in float32 whatever the autocast."""
+        with torch.autocast(x.device.type, enabled=False):
+            x, matrix = x.float(), self.rotation
+            z = x @ matrix.detach().T
+            coarse, lists = self.coarse(z[:, None])
+            centroid = self.coarse.select(lists).squeeze(1)
+            # "codeword" passes on the vector's gradient once, in the residual, where it must not reach the centroid
+            residual = z - (centroid.detach() if self._config.estimator == "codeword" else centroid)
+            fine, codes = self.fine(self._split(residual))
+            back = matrix.detach() if self._config.estimator == "identity" else matrix
+            reconstruction = (centroid + fine.codewords.flatten(1)) @ back
+            whole = centroid + self.fine.select(codes).flatten(1)
+            losses = auxiliary_losses(self._config, x, matrix, whole)
+        return HeadOutput(
+            reconstruction=reconstruction,
+            codes=torch.cat([lists, codes], 1),
+            losses=losses,
+            log_assignment=fine.log_assignment,
+            coarse=coarse.codewords.squeeze(1) @ back,
+        )
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N 1+M"]:
+        """Return list numbers and codes."""
+        with torch.autocast(x.device.type, enabled=False):
+            z = x.float() @ self.rotation.T
+            lists = self.coarse.encode(z[:, None])
+            # residuals are taken from the current centroids: those that decode adds
+            codes = self.fine.encode(self._split(z - self.coarse.select(lists).squeeze(1)))
+        return torch.cat([lists, codes], 1)
+
+    def decode(self, codes: Int[Tensor, "N 1+M"]) -> Float[Tensor, "N D"]:
+        """Return centroid plus codewords, rotated back."""
+        centroid = self.coarse.select(codes[:, :1]).squeeze(1)
+        return (centroid + self.fine.select(codes[:, 1:]).flatten(1)) @ self.rotation
+
+    def pack(self, codes: Int[Tensor, "N 1+M"]) -> NDArray[np.uint8]:
+        """Pack as `IndexIVF.add_sa_codes` takes rows: list number (little-endian), then the code."""
+        lists = pack_list_numbers(codes[:, 0].cpu().numpy(), self._config.num_lists)
+        return np.hstack([lists, pack_codes(codes[:, 1:], self.code_bits)])
+
+    def unpack(self, packed: UInt8[NDArray[np.uint8], "N size"]) -> Int[Tensor, "N 1+M"]:
+        """Invert `pack`."""
+        lists = np.zeros((len(packed), 8), dtype=np.uint8)
+        lists[:, : self.list_bytes] = packed[:, : self.list_bytes]
+        numbers = torch.from_numpy(lists.view("<i8").copy())
+        codes = unpack_codes(packed[:, self.list_bytes :], self._config.num_codebooks, self.code_bits)
+        return torch.cat([numbers, codes], 1)
+
+    def export(self) -> CoarseProductCodebooks:
+        """Return centroids, codebooks and rotation on the CPU."""
+        return CoarseProductCodebooks(
+            centroids=self.centroids.detach().cpu(),
+            codebooks=self.fine.codewords.detach().cpu(),
+            rotation=None if self._config.rotation == "none" else self.rotation.detach().cpu(),
+            orthonormal=self.rotate.orthonormal,
+            metric=self.metric,
+        )
+
+    @torch.no_grad()
+    def warm_start(self, sample: Float[Tensor, "n D"], fit: QuantizerFit, seed: int) -> None:
+        """Start from (OPQ,) k-means and the PQ of the residuals of live vectors, or from the random values there.
+
+        Raises:
+            InputError: If the sample has fewer vectors than lists, or than a codebook has codewords.
+        """
+        if self._config.start == "uniform":
+            return
+        self._config.check_sample(len(sample))
+        rotation, centroids, codebooks = fit.coarse_product_codebooks(
+            sample.float().cpu(),
+            num_lists=self._config.num_lists,
+            num_codebooks=self._config.num_codebooks,
+            codebook_bits=self.code_bits,
+            rotate=self._config.rotation != "none",
+            on_residuals=self._config.residual_start,
+            seed=seed,
+        )
+        self.coarse.start(centroids[None])
+        self.fine.start(codebooks)
+        if rotation is not None:
+            self.rotate.start(rotation)
+
+    def manual_parameters(self) -> list[nn.Parameter]:
+        """Return a Givens rotation's matrix."""
+        return self.rotate.manual_parameters()
+
+    def descend(self, factor: float, generator: torch.Generator) -> None:
+        """Turn a Givens rotation."""
+        self.rotate.descend(factor * self._config.rotation_lr, generator)
+
+    def count(self, codes: Int[Tensor, "N 1+M"]) -> None:
+        """Add codes to the usage counts of the current window."""
+        self.coarse.count(codes[:, :1])
+        self.fine.count(codes[:, 1:])
+
+    def usage_statistics(self) -> dict[str, float]:
+        """Return perplexity and share of unused entries in the window, of codewords and (`list_...`) of lists."""
+        lists = {f"list_{name}": value for name, value in self.coarse.usage_statistics().items()}
+        return {**self.fine.usage_statistics(), **lists}
+
+    @torch.no_grad()
+    def restart_dead_codes(
+        self, x: Float[Tensor, "N D"], generator: torch.Generator
+    ) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
+        """Restart unused centroids by vectors and unused codewords by residuals, each when its window is full."""
+        z = x.float() @ self.rotation.T
+        residual = z - self.coarse.select(self.coarse.encode(z[:, None])).squeeze(1)
+        window = self._config.restart_window
+        return {
+            **self.coarse.restart_dead_codes(z[:, None], window, generator),
+            **self.fine.restart_dead_codes(self._split(residual), window, generator),
+        }
+
+    def _split(self, z: Float[Tensor, "N D"]) -> Float[Tensor, "N M S"]:
+        return z.view(len(z), *self.fine.codewords.shape[::2])

@@ -1,0 +1,106 @@
+"""What a batch is scored with beside its own documents, and what is known of it beforehand.
+
+Shapes: B queries, N documents, D dimensions.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from retriever import DualEncoder, TokenBatch
+from retriever.data import document_key
+from retriever.heads import NoCompressionConfig
+from training.corpus import TrainingCorpus
+from training.experiment import LiveNegativesConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["Candidates", "frozen_copy"]
+
+
+class Candidates(nn.Module):
+    """Live negatives, vectors of frozen towers, and scores of a frozen teacher.
+
+    Args:
+        live: Which live negatives to add.
+        corpus: All documents, where live negatives or a frozen document tower need them by row.
+        teacher: A frozen copy of the towers, where the loss needs it.
+    """
+
+    def __init__(
+        self, live: LiveNegativesConfig, corpus: TrainingCorpus | None, teacher: DualEncoder | None
+    ) -> None:
+        super().__init__()
+        self.live = live
+        self.corpus = corpus
+        self.teacher = teacher
+
+    def known_vectors(self, batch: TokenBatch) -> Float[Tensor, "N D"] | None:
+        """Return the documents' vectors where a frozen tower has made them already."""
+        if self.corpus is None or self.corpus.vectors is None:
+            return None
+        return self.corpus.vectors[self.corpus.rows(batch.document_keys)]
+
+    @torch.no_grad()
+    def teach(
+        self, batch: TokenBatch, known: Float[Tensor, "N D"] | None
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "N D"]] | None:
+        """Return the teacher's vectors of a batch, None without a teacher."""
+        if self.teacher is None:
+            return None
+        documents = self.teacher.encode_documents(batch.documents).float() if known is None else known
+        return self.teacher.encode_queries(batch.queries).float(), documents
+
+    @torch.no_grad()
+    def extend(self, batch: TokenBatch, model: DualEncoder, *, compressed: bool) -> TokenBatch:
+        """Append the documents that the model ranks high for the queries now.
+
+        Args:
+            batch: Queries and their own documents.
+            model: Embeds the queries.
+            compressed: Whether the head has started, so that there are codes to rank by.
+        """
+        live = self.live
+        if not live.per_query or self.corpus is None or not (compressed or live.by == "dense"):
+            return batch
+        rows = self.corpus.hardest(
+            model.encode_queries(batch.queries).float(),
+            batch.relevant_keys,
+            model.head,
+            count=live.per_query,
+            depth=live.depth,
+            compressed=live.by == "compressed",
+        )
+        documents = [self.corpus.documents[row] for row in rows.tolist()]
+        tokens = {} if self.corpus.vectors is not None else model.tokenize_documents(documents)
+        keys = torch.tensor([document_key(document.id) for document in documents])
+        return batch.with_documents(
+            {name: value.to(rows.device) for name, value in tokens.items()}, keys.to(rows.device)
+        )
+
+    @torch.no_grad()
+    def start(self, model: DualEncoder, vectors: Float[Tensor, "n D"] | None) -> None:
+        """Take over the towers as they are at the head's start, and the first codes of the corpus."""
+        if self.teacher is not None:
+            self.teacher.query_encoder.load_state_dict(model.query_encoder.state_dict())
+            self.teacher.document_encoder.load_state_dict(model.document_encoder.state_dict())
+        self.refresh(model, vectors)
+
+    def refresh(self, model: DualEncoder, vectors: Float[Tensor, "n D"] | None) -> None:
+        """Make the codes of the corpus anew, where live negatives are ranked by them."""
+        if self.corpus is not None and self.corpus.codes.numel() and vectors is not None:
+            self.corpus.encode(model.head, vectors)
+
+
+def frozen_copy(model: DualEncoder) -> DualEncoder:
+    """Return a copy of the towers, tied as they are, that does not train; it has no head."""
+    query, document = copy.deepcopy((model.query_encoder, model.document_encoder))
+    head = NoCompressionConfig().build(model.dim)
+    return (
+        DualEncoder(query, document, head, title_separator=model.title_separator).requires_grad_(False).eval()
+    )

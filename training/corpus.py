@@ -1,0 +1,110 @@
+"""The training corpus as vectors and codes: for towers that are frozen, and for live negatives.
+
+Shapes: n documents, D dimensions, B queries, R known relevant documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from retriever import Document
+from retriever.data import document_key
+from retriever.heads import CompressionHead
+from retriever.scores import score_matrix
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["TrainingCorpus"]
+
+ROWS_AT_ONCE = 65_536  # documents scored at once: bounds the (rows, D) reconstruction and (B, rows) scores
+
+
+class TrainingCorpus(nn.Module):
+    """Documents by row. The codes are part of the state, so that a resumed run finds the same negatives.
+
+    Args:
+        documents: All documents that may be met in training.
+        num_codes: Codes kept of a document, 0 for none.
+    """
+
+    codes: Tensor
+
+    def __init__(self, documents: Iterable[Document], num_codes: int = 0) -> None:
+        super().__init__()
+        self.documents = list(documents)
+        self.row = {document_key(document.id): row for row, document in enumerate(self.documents)}
+        self.vectors: Tensor | None = None  # (n, D), set where the document tower is frozen
+        self.register_buffer("codes", torch.zeros(len(self.documents), num_codes, dtype=torch.int32))
+
+    def embed(self, embed: Callable[[Sequence[Document]], Float[Tensor, "n D"]]) -> None:
+        """Keep the vectors of all documents."""
+        self.vectors = embed(self.documents)
+
+    def rows(self, keys: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
+        """Return the rows of documents."""
+        return torch.tensor([self.row[key] for key in keys.tolist()], device=keys.device)
+
+    @torch.no_grad()
+    def encode(self, head: CompressionHead, vectors: Float[Tensor, "n D"]) -> None:
+        """Keep the codes of all documents."""
+        parts = [head.encode(rows.to(self.codes.device)) for rows in vectors.split(ROWS_AT_ONCE)]
+        self.codes.copy_(torch.cat(parts))
+
+    @torch.no_grad()
+    def hardest(
+        self,
+        queries: Float[Tensor, "B D"],
+        relevant_keys: Int[Tensor, "B R"],
+        head: CompressionHead,
+        *,
+        count: int,
+        depth: int,
+        compressed: bool,
+    ) -> Int[Tensor, " B*count"]:
+        """Return rows of documents that score high and are not known to be relevant.
+
+        Args:
+            queries: Query vectors.
+            relevant_keys: Keys of each query's relevant documents, zero-padded.
+            head: Decodes, and has the score contract.
+            count: Documents a query.
+            depth: They are chosen at random among so many best, or are the best if `count` is as large.
+            compressed: Score by the codes; else by the uncompressed vectors.
+        """
+        width = relevant_keys.shape[1]
+        wanted = min(depth + width, len(self.documents))  # the relevant ones are taken out afterwards
+        best_scores = queries.new_empty(len(queries), 0)
+        best_rows = relevant_keys.new_empty(len(queries), 0)
+        for start in range(0, len(self.documents), ROWS_AT_ONCE):
+            documents = self._reconstruct(head, start, compressed)
+            scores = score_matrix(queries, documents, head.metric)
+            found = scores.topk(min(wanted, scores.shape[1]))
+            best_scores = torch.cat([best_scores, found.values], 1)
+            best_rows = torch.cat([best_rows, found.indices + start], 1)
+            best = best_scores.topk(min(wanted, best_scores.shape[1]))
+            best_scores, best_rows = best.values, best_rows.gather(1, best.indices)
+        relevant = self._relevant_rows(relevant_keys)
+        hit = (best_rows[:, :, None] == relevant[:, None, :]).any(-1)
+        order = hit.to(torch.uint8).argsort(dim=1, stable=True)  # those not relevant first, best first
+        ranked = best_rows.gather(1, order)[:, :depth]
+        if count < ranked.shape[1]:
+            chosen = torch.rand(ranked.shape, device=ranked.device).argsort(1)[:, :count]
+            ranked = ranked.gather(1, chosen)
+        return ranked.flatten()
+
+    def _reconstruct(self, head: CompressionHead, start: int, compressed: bool) -> Float[Tensor, "rows D"]:
+        if compressed:
+            return head.decode(self.codes[start : start + ROWS_AT_ONCE].long())
+        assert self.vectors is not None, (
+            "experiment checks that dense live negatives come with frozen documents"
+        )
+        return self.vectors[start : start + ROWS_AT_ONCE]
+
+    def _relevant_rows(self, keys: Int[Tensor, "B R"]) -> Int[Tensor, "B R"]:
+        rows = [[self.row.get(key, -1) for key in known] for known in keys.tolist()]
+        return torch.tensor(rows, device=keys.device)
