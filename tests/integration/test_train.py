@@ -339,7 +339,7 @@ def data_with_negatives(tiny_data: Path, tmp_path_factory: pytest.TempPathFactor
 def test_the_first_logged_loss_is_the_formula_on_the_planned_batch(
     still_model: Path, data_with_negatives: Path, tmp_path: Path, accumulation: int, negatives: int
 ) -> None:
-    """-log softmax over the documents of a round, other relevant documents left out; mean over rounds."""
+    """-log softmax over the different documents of a round, other relevant ones left out; mean over rounds."""
     experiment = make_experiment(
         still_model,
         data_with_negatives,
@@ -361,13 +361,12 @@ def test_the_first_logged_loss_is_the_formula_on_the_planned_batch(
         q = embed_queries(model, [pair.query for pair in pairs]).double().numpy()
         x = embed_documents(model, documents).double().numpy()
         for number, pair in enumerate(pairs):
-            own = number * (1 + negatives)
-            terms = {
-                column: np.exp(q[number] @ x[column] / 0.1)
+            terms = {  # by name: a document that occurs twice counts once
+                document.id: np.exp(q[number] @ x[column] / 0.1)
                 for column, document in enumerate(documents)
-                if column == own or document.id not in pair.relevant_ids
+                if document.id == pair.positive.id or document.id not in pair.relevant_ids
             }
-            losses.append(-np.log(terms[own] / sum(terms.values())))
+            losses.append(-np.log(terms[pair.positive.id] / sum(terms.values())))
     assert series(tmp_path / "run", "train/loss")[0] == pytest.approx(np.mean(losses), rel=1e-5)
 
 

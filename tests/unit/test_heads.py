@@ -24,6 +24,7 @@ from retriever.heads import (
     HEADS,
     CompressionHead,
     HeadConfig,
+    IVFProductQuantizerConfig,
     NoCompressionConfig,
     ProductQuantizer,
     ProductQuantizerConfig,
@@ -41,6 +42,39 @@ CONFIGS: dict[str, list[HeadConfig]] = {
         ProductQuantizerConfig(num_codebooks=4, codebook_bits=4, rotation="none"),
         ProductQuantizerConfig(num_codebooks=3, codebook_bits=5, estimator="softmax", metric="inner_product"),
         ProductQuantizerConfig(num_codebooks=6, codebook_bits=8, rotation="opq", estimator="identity"),
+        ProductQuantizerConfig(
+            num_codebooks=4,
+            codebook_bits=4,
+            rotation="givens_greedy",
+            distortion_weight=1.0,
+            assignment="frozen",
+        ),
+        ProductQuantizerConfig(num_codebooks=4, codebook_bits=4, rotation="cayley", selection="mix"),
+        ProductQuantizerConfig(
+            num_codebooks=4, codebook_bits=4, rotation="free", metric="inner_product", selection="dpq"
+        ),
+    ],
+    "ivfpq": [
+        IVFProductQuantizerConfig(num_lists=5, num_codebooks=4, codebook_bits=4, rotation="none"),
+        IVFProductQuantizerConfig(
+            num_lists=257, num_codebooks=3, codebook_bits=5, estimator="softmax", metric="inner_product"
+        ),
+        IVFProductQuantizerConfig(
+            num_lists=1,
+            num_codebooks=6,
+            codebook_bits=8,
+            rotation="givens_steepest",
+            estimator="identity",
+            distortion_weight=1.0,
+            residual_start=False,
+        ),
+        IVFProductQuantizerConfig(
+            num_lists=9,
+            num_codebooks=4,
+            codebook_bits=4,
+            assignment="frozen_in_training",
+            list_assignment="frozen",
+        ),
     ],
 }
 every_head = pytest.mark.parametrize(
@@ -86,6 +120,24 @@ class RandomFit:
         z = sample if rotation is None else sample @ rotation.T
         codebooks = z[: 2**codebook_bits].view(2**codebook_bits, num_codebooks, -1).transpose(0, 1)
         return rotation, codebooks
+
+    def coarse_product_codebooks(
+        self,
+        sample: Tensor,
+        *,
+        num_lists: int,
+        num_codebooks: int,
+        codebook_bits: int,
+        rotate: bool,
+        on_residuals: bool,
+        seed: int,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        rotation = orthonormal(sample.shape[1], seed) if rotate else None
+        z = sample if rotation is None else sample @ rotation.T
+        centroids = z[-num_lists:]
+        rest = z - centroids[torch.cdist(z, centroids).argmin(1)] if on_residuals else z
+        codebooks = rest[: 2**codebook_bits].view(2**codebook_bits, num_codebooks, -1).transpose(0, 1)
+        return rotation, centroids, codebooks
 
 
 def make_head(config: HeadConfig, seed: int) -> CompressionHead:
@@ -362,9 +414,10 @@ def test_rotation_none_stays_the_identity() -> None:
     assert torch.equal(head.rotation, torch.eye(D))
 
 
-def test_rotation_gets_no_gradient() -> None:
-    head = make_pq(0, rotation="opq", estimator="softmax", distortion_weight=1.0)
-    assert [name for name, _ in head.named_parameters()] == ["codebooks"]
+@pytest.mark.parametrize("rotation", ["none", "opq"])
+def test_a_fixed_rotation_is_no_parameter(rotation: str) -> None:
+    head = make_pq(0, rotation=rotation, estimator="softmax", distortion_weight=1.0)
+    assert [parameter is head.codebooks for parameter in head.parameters()] == [True]
 
 
 def test_warm_start_from_fewer_vectors_than_codewords_is_refused() -> None:
@@ -605,14 +658,13 @@ def test_saved_head_gives_equal_codes_and_vectors(config: HeadConfig, tmp_path: 
 def test_packed_codes_decode_to_the_same_vectors(config: HeadConfig) -> None:
     head = make_head(config, seed=0)
     codes = head.encode(rand(30, D, seed=1))
-    unpacked = unpack_codes(pack_codes(codes, head.code_bits), head.num_codes, head.code_bits)
-    assert torch.equal(head.decode(unpacked), head.decode(codes))
+    assert torch.equal(head.decode(head.unpack(head.pack(codes))), head.decode(codes))
 
 
 @every_head
 def test_code_size_is_the_bytes_of_a_packed_row(config: HeadConfig) -> None:
     head = make_head(config, seed=0)
-    assert pack_codes(head.encode(rand(3, D, seed=1)), head.code_bits).shape == (3, head.code_size)
+    assert head.pack(head.encode(rand(3, D, seed=1))).shape == (3, head.code_size)
 
 
 @every_head
@@ -647,7 +699,9 @@ def test_head_of_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) 
     save_head(NoCompressionConfig().build(D), tmp_path / "head")
     path = tmp_path / "head" / "config.json"
     path.write_text(path.read_text().replace('"none"', '"hologram"'))
-    with pytest.raises(InputError, match=r"holds a head 'hologram'; this Endex knows none, pq\. Upgrade"):
+    with pytest.raises(
+        InputError, match=r"holds a head 'hologram'; this Endex knows none, pq, ivfpq\. Upgrade"
+    ):
         load_head(tmp_path / "head")
 
 

@@ -189,6 +189,10 @@ def test_no_name_is_exported_twice(name: str) -> None:
         ("retriever/heads/__init__.py", "HEADS"),
         ("training/losses/__init__.py", "LOSSES"),
         ("index/builders/__init__.py", "BUILDERS"),
+        ("retriever/heads/estimators.py", "ESTIMATORS"),
+        ("retriever/heads/selection.py", "SELECTIONS"),
+        ("retriever/transforms/rotations.py", "ROTATIONS"),
+        ("training/losses/distillation.py", "OBJECTIVES"),
     ],
 )
 def test_a_registry_is_a_literal_of_names_and_classes(name: str, variable: str) -> None:

@@ -18,6 +18,10 @@ from training.losses import LOSSES, ContrastiveConfig, MCLConfig, RetrievalLoss,
 
 B, H, D = 5, 1, 6  # queries, negatives a query, dimensions
 N = B * (1 + H)
+SCORES = ("dense", "compressed", "coarse", "teacher")
+MASKS = {
+    name: "repeated" if name == "distillation" else "ignore" for name in LOSSES
+}  # a teacher ranks positives
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture
 def batch(generator: torch.Generator) -> ScoredBatch:
-    """Random vectors and their scores; about a fifth of the documents ignored."""
+    """Random vectors and their scores; about a fifth of the documents ignored, half of those as repeated."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -41,15 +45,20 @@ def batch(generator: torch.Generator) -> ScoredBatch:
     ignore = torch.rand(B, N, generator=generator) < 0.2
     ignore[0, N - 1] = True  # at least one
     ignore[torch.arange(B), labels] = False
+    repeated = ignore & (torch.rand(B, N, generator=generator) < 0.5)
+    repeated[0, N - 1] = True
     return ScoredBatch(
         dense=queries @ documents.T,
         compressed=queries @ reconstruction.T,
         labels=labels,
         ignore=ignore,
+        repeated=repeated,
         documents=documents,
         reconstruction=reconstruction,
         positives=labels,
         log_assignment=-random(N).abs(),
+        coarse=queries @ (documents + random(N, D)).T,
+        teacher=queries @ (documents + 0.1 * random(N, D)).T,
     )
 
 
@@ -92,7 +101,7 @@ def copy_with_gradient(batch: ScoredBatch) -> ScoredBatch:
 
 def with_small_scores(batch: ScoredBatch) -> ScoredBatch:
     """Return the batch with scores that no temperature in use drives to a probability of exactly 0 or 1."""
-    return replace(batch, dense=0.05 * batch.dense, compressed=0.05 * batch.compressed)
+    return replace(batch, **{kind: 0.05 * getattr(batch, kind) for kind in SCORES})
 
 
 @pytest.mark.parametrize("temperature", [0.05, 0.7, 1.0])
@@ -118,14 +127,16 @@ def test_contrastive_does_not_depend_on_compressed_scores(batch: ScoredBatch) ->
 @pytest.mark.parametrize("name", LOSSES)
 def test_ignored_documents_do_not_change_the_loss(name: str, batch: ScoredBatch) -> None:
     loss = LOSSES[name]().build()
-    changed = {kind: getattr(batch, kind) + 7.0 * batch.ignore for kind in ("dense", "compressed")}
+    ignored = getattr(batch, MASKS[name])
+    changed = {kind: getattr(batch, kind) + 7.0 * ignored for kind in SCORES}
     assert total(loss, replace(batch, **changed)) == total(loss, batch)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_documents_that_are_not_ignored_change_the_loss(name: str, batch: ScoredBatch) -> None:
-    loss, batch = LOSSES[name]().build(), with_small_scores(batch)
-    assert total(loss, replace(batch, ignore=torch.zeros_like(batch.ignore))) > total(loss, batch)
+    batch, nothing = with_small_scores(batch), torch.zeros_like(batch.ignore)
+    values = [total(LOSSES[name]().build(), b) for b in (batch, replace(batch, **{MASKS[name]: nothing}))]
+    assert values[0] != pytest.approx(values[1], rel=1e-9)
 
 
 def test_mcl_default_is_the_released_form(batch: ScoredBatch) -> None:
@@ -226,7 +237,7 @@ def test_experiment_accepts_assignment_weight_with_the_softmax_estimator() -> No
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_finite_on_large_scores(name: str, batch: ScoredBatch) -> None:
-    large = replace(batch, dense=1e4 * batch.dense, compressed=1e4 * batch.compressed)
+    large = replace(batch, **{kind: 1e4 * getattr(batch, kind) for kind in SCORES})
     assert np.isfinite(total(LOSSES[name]().build(), large))
 
 
@@ -242,6 +253,7 @@ def test_every_loss_sends_a_gradient_to_the_scores_of_every_query(name: str, bat
 def test_every_loss_is_a_mean_over_queries(name: str, batch: ScoredBatch) -> None:
     """So that the mean over devices of equal shares is the loss of the whole batch."""
     loss = LOSSES[name]().build()
+    whole = total(loss, batch)  # sets what a first batch sets
     shares = []
     for i in range(B):
         own = slice(i * (1 + H), (i + 1) * (1 + H))
@@ -250,13 +262,16 @@ def test_every_loss_is_a_mean_over_queries(name: str, batch: ScoredBatch) -> Non
             compressed=batch.compressed[i : i + 1],
             labels=batch.labels[i : i + 1],
             ignore=batch.ignore[i : i + 1],
+            repeated=batch.repeated[i : i + 1],
             documents=batch.documents[own],
             reconstruction=batch.reconstruction[own],
             positives=torch.tensor([0]),
             log_assignment=batch.log_assignment[own],
+            coarse=batch.coarse[i : i + 1],
+            teacher=batch.teacher[i : i + 1],
         )
         shares.append(total(loss, share))
-    assert np.mean(shares) == pytest.approx(total(loss, batch), rel=1e-12)
+    assert np.mean(shares) == pytest.approx(whole, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -267,4 +282,4 @@ def test_every_part_of_a_loss_is_a_scalar_of_the_graph(name: str, batch: ScoredB
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_loss_holds_trainable_state(name: str) -> None:
-    assert list(LOSSES[name]().build().state_dict()) == []
+    assert list(LOSSES[name]().build().parameters()) == []
