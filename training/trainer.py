@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -72,14 +72,22 @@ class Trainer:
         experiment: The whole configuration.
         fit: Gives heads their starting values; FAISS by default.
         progress: Show a bar on the main process.
+        start_vectors: Returns the vectors that the starting towers give documents, where they are known already;
+            then a frozen tower, or a head that starts at step 0, need not make them.
     """
 
     def __init__(
-        self, experiment: Experiment, *, fit: QuantizerFit | None = None, progress: bool = True
+        self,
+        experiment: Experiment,
+        *,
+        fit: QuantizerFit | None = None,
+        progress: bool = True,
+        start_vectors: Callable[[Sequence[Document]], Tensor] | None = None,
     ) -> None:
         self.experiment = experiment
         self.quantizer_fit = fit or FaissFit()
         self.show_progress = progress
+        self.start_vectors = start_vectors
         self.folder = Path(experiment.output)
         self.progress = Progress()
 
@@ -356,6 +364,8 @@ class Trainer:
 
     def _embed(self, documents: Sequence[Document]) -> Tensor:
         """Return the current vectors of documents, on the device; every process embeds a share."""
+        if self.start_vectors and self.progress.step == 0:
+            return self.start_vectors(documents).to(self.accelerator.device)
         precision = self.experiment.optimization.precision
         return embed_in_shares(
             documents,

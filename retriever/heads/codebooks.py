@@ -24,7 +24,7 @@ AssignmentName = Literal["live", "frozen", "frozen_in_training"]
 """By which codewords codes are chosen: the current ones, or a copy of the starting ones, always or until training
 ends."""
 
-ROWS_AT_ONCE = 4096  # bounds the (rows, M, K) table of scores in `encode`
+ROWS_AT_ONCE = 1024  # the (rows, M, K) table of scores of so many vectors stays in the caches of a CPU
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +75,7 @@ class Codebooks(nn.Module):
             self.register_buffer("anchors", self.codewords.detach().clone())
         self.balance = balance
         self._estimator = ESTIMATORS[estimator]
+        self._needs_scores = estimator == "softmax"
         self._temperature = temperature
 
     @torch.no_grad()
@@ -88,20 +89,22 @@ class Codebooks(nn.Module):
 
     def forward(self, z: Float[Tensor, "N M S"]) -> tuple[Estimate, Int[Tensor, "N M"]]:
         """Return the chosen codewords with the estimator's gradient path, and the codes."""
-        scores = self.selection(z, self.codewords)
-        if self.assignment != "live":
-            codes = self.selection(z, self.anchors).argmax(-1)
-        elif self.balance and self.training:
-            codes = balanced_codes(-scores, epsilon=self.balance.epsilon, iterations=self.balance.iterations)
+        balance = self.balance if self.training and self.assignment == "live" else None
+        scores = self.selection(z, self.codewords) if balance or self._needs_scores else None
+        if balance and scores is not None:
+            codes = balanced_codes(-scores, epsilon=balance.epsilon, iterations=balance.iterations)
         else:
-            codes = scores.argmax(-1)
-        return self._estimator(z, self.codewords, scores / self._temperature, codes), codes
+            codes = self._choose(z, self.codewords if self.assignment == "live" else self.anchors)
+        divided = scores / self._temperature if self._needs_scores and scores is not None else None
+        return self._estimator(z, self.codewords, divided, codes), codes
 
     @torch.no_grad()
     def encode(self, z: Float[Tensor, "N M S"]) -> Int[Tensor, "N M"]:
         """Return the codes."""
-        books = self.anchors if self.assignment == "frozen" else self.codewords
-        parts = [self.selection(rows, books).argmax(-1) for rows in z.split(ROWS_AT_ONCE)]
+        return self._choose(z, self.anchors if self.assignment == "frozen" else self.codewords)
+
+    def _choose(self, z: Float[Tensor, "N M S"], codebooks: Float[Tensor, "M K S"]) -> Int[Tensor, "N M"]:
+        parts = [self.selection.choose(rows, codebooks) for rows in z.split(ROWS_AT_ONCE)]
         return torch.cat(parts) if parts else z.new_empty(z.shape[:2], dtype=torch.int64)
 
     def select(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N M S"]:

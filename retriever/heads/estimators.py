@@ -47,7 +47,7 @@ class Estimator(Protocol):
         self,
         z: Float[Tensor, "N M S"],
         codebooks: Float[Tensor, "M K S"],
-        scores: Float[Tensor, "N M K"],
+        scores: Float[Tensor, "N M K"] | None,
         codes: Int[Tensor, "N M"],
     ) -> Estimate:
         """Return the codewords `codes` with a gradient path to `z`, `codebooks` or both.
@@ -55,7 +55,8 @@ class Estimator(Protocol):
         Args:
             z: Sub-vectors.
             codebooks: Codewords.
-            scores: Selection scores divided by the temperature; by default -(squared L2 distance).
+            scores: Selection scores divided by the temperature; by default -(squared L2 distance). Only the
+                softmax looks at them; the others take None.
             codes: Chosen codewords: argmax of `scores` over K, unless the assignment is frozen or balanced.
         """
         ...
@@ -63,14 +64,16 @@ class Estimator(Protocol):
 
 def select(codebooks: Float[Tensor, "M K S"], codes: Int[Tensor, "N M"]) -> Float[Tensor, "N M S"]:
     """Return the codewords that codes name."""
-    books = torch.arange(codebooks.shape[0], device=codes.device)
-    return codebooks[books, codes]
+    first = torch.arange(codebooks.shape[0], device=codes.device) * codebooks.shape[1]
+    return F.embedding(
+        codes + first, codebooks.flatten(0, 1)
+    )  # its backward is twice as fast as that of indexing
 
 
 def identity_estimator(
     z: Float[Tensor, "N M S"],
     codebooks: Float[Tensor, "M K S"],
-    scores: Float[Tensor, "N M K"],
+    scores: Float[Tensor, "N M K"] | None,
     codes: Int[Tensor, "N M"],
 ) -> Estimate:
     """Pass the gradient to the vectors unchanged and none to the codebooks (Poeem, arXiv:2105.03933)."""
@@ -80,7 +83,7 @@ def identity_estimator(
 def codeword_estimator(
     z: Float[Tensor, "N M S"],
     codebooks: Float[Tensor, "M K S"],
-    scores: Float[Tensor, "N M K"],
+    scores: Float[Tensor, "N M K"] | None,
     codes: Int[Tensor, "N M"],
 ) -> Estimate:
     """Pass the gradient unchanged both to the vectors and to the chosen codewords (RepCONC, arXiv:2110.05789)."""
@@ -90,7 +93,7 @@ def codeword_estimator(
 def softmax_estimator(
     z: Float[Tensor, "N M S"],
     codebooks: Float[Tensor, "M K S"],
-    scores: Float[Tensor, "N M K"],
+    scores: Float[Tensor, "N M K"] | None,
     codes: Int[Tensor, "N M"],
 ) -> Estimate:
     """Straight-through softmax over the selection scores (MoPQ, arXiv:2104.07858, eq. 3-5).
@@ -98,6 +101,7 @@ def softmax_estimator(
     The chosen codeword gets the direct gradient; all K codewords and the vector get that of the softmax. With
     temperature 1 the vector's share is 2 Cov_p(C) g, which vanishes when the choice is clear.
     """
+    assert scores is not None, "Codebooks scores for this estimator"
     log_p = scores.log_softmax(-1)  # (N, M, K)
     p = log_p.exp()
     hard = F.one_hot(codes, codebooks.shape[1]).to(p.dtype)

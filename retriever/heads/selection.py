@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 __all__ = ["SELECTIONS", "Selection", "SelectionName"]
 
@@ -40,6 +40,11 @@ class Selection(nn.Module, ABC):
     def forward(self, z: Float[Tensor, "N M S"], codebooks: Float[Tensor, "M K S"]) -> Float[Tensor, "N M K"]:
         """Return the scores; higher fits better."""
 
+    @torch.no_grad()
+    def choose(self, z: Float[Tensor, "N M S"], codebooks: Float[Tensor, "M K S"]) -> Int[Tensor, "N M"]:
+        """Return the codes of the highest scores."""
+        return self(z, codebooks).argmax(-1)  # type: ignore[no-any-return]
+
     def start(self, codebooks: Float[Tensor, "M K S"]) -> None:
         """Set starting values from fitted codebooks."""
 
@@ -51,6 +56,13 @@ class L2Selection(Selection):
         """Return negative squared distances."""
         products = torch.einsum("nms,mks->nmk", z, codebooks)
         return 2 * products - z.square().sum(-1, keepdim=True) - codebooks.square().sum(-1)
+
+    @torch.no_grad()
+    def choose(self, z: Float[Tensor, "N M S"], codebooks: Float[Tensor, "M K S"]) -> Int[Tensor, "N M"]:
+        """Return the nearest codewords: the score without ||z||^2, in one pass over the (M, N, K) table."""
+        squares = codebooks.square().sum(-1)[:, None]
+        scores = torch.baddbmm(-squares, z.transpose(0, 1), codebooks.transpose(1, 2), alpha=2)
+        return scores.argmax(-1).T
 
 
 class InnerProductSelection(Selection):

