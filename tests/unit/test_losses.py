@@ -139,6 +139,12 @@ def test_documents_that_are_not_ignored_change_the_loss(name: str, batch: Scored
     assert values[0] != pytest.approx(values[1], rel=1e-9)
 
 
+@pytest.mark.parametrize("name", ["contrastive", "mcl"])
+def test_more_negatives_raise_a_softmax_loss(name: str, batch: ScoredBatch) -> None:
+    loss, batch = LOSSES[name]().build(), with_small_scores(batch)
+    assert total(loss, replace(batch, ignore=torch.zeros_like(batch.ignore))) > total(loss, batch)
+
+
 def test_mcl_default_is_the_released_form(batch: ScoredBatch) -> None:
     expected = (
         softmax_cross_entropy(batch, batch.dense, 1.0)
@@ -283,3 +289,9 @@ def test_every_part_of_a_loss_is_a_scalar_of_the_graph(name: str, batch: ScoredB
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_loss_holds_trainable_state(name: str) -> None:
     assert list(LOSSES[name]().build().parameters()) == []
+
+
+def test_only_distillation_holds_a_number_to_be_checkpointed() -> None:
+    """The weight of its lists, from the first batch."""
+    states = {name: list(config().build().state_dict()) for name, config in LOSSES.items()}
+    assert {name: state for name, state in states.items() if state} == {"distillation": ["list_weight"]}
