@@ -7,6 +7,7 @@ Shapes: n documents, q queries, D dimensions, J lists, M codebooks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from index import IndexConfig, Searcher, export_index
 from index.builders import FaissIndex, IVFPQBuilder, PQBuilder, inverted_file, probing_all, search_index
 from index.parity import assert_parity
+from launch.main import main
 from retriever import Document, DualEncoder, DualEncoderConfig, InputError, embed_documents, read_corpus
 from retriever.heads import IVFProductQuantizer, IVFProductQuantizerConfig, ProductQuantizerConfig
 from retriever.scores import score_matrix
@@ -363,3 +365,15 @@ def test_probing_an_index_without_lists_is_refused(
     )
     with pytest.raises(InputError, match=r"has no inverted lists: nprobe=2 has no meaning"):
         Searcher(tmp_path / "index", nprobe=2)
+
+
+@pytest.mark.parametrize("nprobe", [1, 8])
+def test_the_command_line_probes_as_many_lists_as_it_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str], nprobe: int
+) -> None:
+    words = ["search", str(folder), "--query", "w1 w2", "--k", "80", "--nprobe", str(nprobe), "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)["query"]
+    _, ids = Searcher(folder, nprobe=nprobe).search(["w1 w2"], k=80)
+    assert list(found) == ids[0]
+    assert (len(found) == 80) == (nprobe == 8)
