@@ -18,10 +18,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from index._faiss import load_faiss
 from launch.env import describe
 from retriever.folder import write_json
+from retriever.scores import Metric
 
-__all__ = ["benchmark_parser", "print_table", "seconds_since", "write_result"]
+__all__ = ["benchmark_parser", "faiss_quantizer", "print_table", "seconds_since", "write_result"]
 
 
 def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
@@ -81,6 +83,29 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 10 else f"{value:,.1f}"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def faiss_quantizer(dim: int, factory: str, metric: Metric, seed: int) -> Any:
+    """Return an untrained FAISS index of a factory string, seeded, without warnings on small samples.
+
+    An OPQ matrix gets a quantizer of its own for that, which it must outlive: keep the index.
+    """
+    faiss = load_faiss()
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
+    built = faiss.index_factory(dim, factory, kind)
+    inner, clusterings = built, []
+    if factory.startswith("OPQ"):
+        inner = faiss.downcast_index(built.index)
+        opq = faiss.ProductQuantizer(dim, inner.pq.M, inner.pq.nbits)
+        faiss.downcast_VectorTransform(built.chain.at(0)).pq = opq
+        built.referenced_objects = [opq]
+        clusterings.append(opq.cp)
+    clusterings.append(inner.pq.cp)
+    if hasattr(inner, "nlist"):
+        clusterings.append(inner.cp)
+    for clustering in clusterings:
+        clustering.min_points_per_centroid, clustering.seed = 1, seed
+    return built
 
 
 def seconds_since(start: float) -> float:

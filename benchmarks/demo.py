@@ -129,11 +129,7 @@ def post_hoc_rows(
     books, bits = head.num_codebooks, head.codebook_bits
     name = f"OPQ{books},PQ{books}x{bits}"
     faiss = load_faiss()
-    usual = faiss.index_factory(x.shape[1], name, faiss.METRIC_INNER_PRODUCT)
-    inner = faiss.ProductQuantizer(x.shape[1], books, bits)  # what OPQ makes for itself, with a quiet k-means
-    faiss.downcast_VectorTransform(usual.chain.at(0)).pq = inner
-    for quantizer in (inner, faiss.downcast_index(usual.index).pq):
-        quantizer.cp.min_points_per_centroid = 1  # only silences a warning on small corpora
+    usual = common.faiss_quantizer(x.shape[1], name, "inner_product", seed=1234)  # FAISS's own default seed
     start = time.perf_counter()
     usual.train(x.numpy())
     usual.add(x.numpy())

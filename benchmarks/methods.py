@@ -182,17 +182,14 @@ class Study:
         seen = x
         if reading == "blind":
             seen = x[[row for row, name in enumerate(self.data.documents) if name not in self.judged]]
-        kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
-        built = faiss.index_factory(x.shape[1], name, kind)
-        inner = faiss.downcast_index(faiss.downcast_index(built).index) if "OPQ" in name else built
-        for clustering in [inner.pq.cp] + ([inner.cp] if "IVF" in name else []):
-            clustering.min_points_per_centroid, clustering.seed = 1, self.options.seed
+        built = common.faiss_quantizer(x.shape[1], name, metric, self.options.seed)
         began = time.perf_counter()
         built.train(seen)
         built.add(x)
         result: Result = {"train_seconds": common.seconds_since(began)}
         result["file_bytes"] = len(faiss.serialize_index(built)) / len(x)
         if "IVF" in name:
+            inner = faiss.extract_index_ivf(built)
             for probes in PROBES:
                 inner.nprobe = probes
                 result[f"recall@100 nprobe {probes}"] = measure(self.data.qrels, self._run(built, q))[

@@ -63,10 +63,15 @@ class IndexConfig:
         Raises:
             InputError: If the kind cannot carry it.
         """
+        if self.nprobe is not None and not isinstance(export, CoarseProductCodebooks):
+            raise InputError(
+                f"index.nprobe needs a head with inverted lists, got {self.nprobe}. Leave it out, or train with the "
+                "head `ivfpq`."
+            )
         kind = self.kind
         if kind == "auto":
             kind = "flat" if isinstance(export, FlatVectors) else "pq"
-            if isinstance(export, CoarseProductCodebooks) or self.nprobe is not None:
+            if isinstance(export, CoarseProductCodebooks):
                 kind = "ivfpq"
         family = BUILDERS[kind]
         options = {field.name: getattr(self, field.name) for field in fields(family)}

@@ -72,7 +72,9 @@ class Searcher:
             InputError: If the index has no lists, or fewer.
         """
         lists = inverted_file(self.faiss_index)
-        if lists is None:
+        if (
+            lists is None or not lists.quantizer.reconstruct_n(0, lists.nlist).any()
+        ):  # zero centroids: all are probed
             raise InputError(
                 f"{self.folder} has no inverted lists: nprobe={nprobe} has no meaning. Leave it out."
             )

@@ -6,21 +6,22 @@ Shapes: B queries, N documents, D dimensions.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from retriever import DualEncoder, TokenBatch
+from retriever import Document, DualEncoder, TokenBatch
 from retriever.data import document_key
 from retriever.heads import NoCompressionConfig
 from training.corpus import TrainingCorpus
-from training.experiment import LiveNegativesConfig
+from training.experiment import Experiment, LiveNegativesConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Candidates", "frozen_copy"]
+__all__ = ["Candidates", "build_candidates", "freeze_towers", "frozen_copy"]
 
 
 class Candidates(nn.Module):
@@ -104,3 +105,28 @@ def frozen_copy(model: DualEncoder) -> DualEncoder:
     return (
         DualEncoder(query, document, head, title_separator=model.title_separator).requires_grad_(False).eval()
     )
+
+
+def freeze_towers(model: DualEncoder, which: str) -> None:
+    """Stop the gradients of the towers that do not train: "none", "documents" or "both"."""
+    if which in ("documents", "both"):
+        model.document_encoder.requires_grad_(False)
+    if which == "both":
+        model.query_encoder.requires_grad_(False)
+
+
+def build_candidates(
+    experiment: Experiment,
+    model: DualEncoder,
+    documents: Iterable[Document],
+    embed: Callable[[Sequence[Document]], Float[Tensor, "n D"]],
+) -> Candidates:
+    """Return what an experiment needs: the corpus by row, its vectors where they do not change, a teacher."""
+    live, frozen = experiment.live_negatives, experiment.optimization.freeze != "none"
+    corpus = None
+    if live.per_query or frozen:
+        coded = live.per_query and live.by == "compressed"
+        corpus = TrainingCorpus(documents, num_codes=model.head.num_codes if coded else 0)
+    if corpus is not None and frozen:
+        corpus.embed(embed)
+    return Candidates(live, corpus, frozen_copy(model) if experiment.loss.needs_teacher else None)

@@ -93,8 +93,9 @@ class TrainingCorpus(nn.Module):
         order = hit.to(torch.uint8).argsort(dim=1, stable=True)  # those not relevant first, best first
         ranked = best_rows.gather(1, order)[:, :depth]
         if count < ranked.shape[1]:
-            chosen = torch.rand(ranked.shape, device=ranked.device).argsort(1)[:, :count]
-            ranked = ranked.gather(1, chosen)
+            last = hit.gather(1, order)[:, :depth]  # in a small corpus: drawn only when nothing else is left
+            draw = torch.rand(ranked.shape, device=ranked.device) + last
+            ranked = ranked.gather(1, draw.argsort(1)[:, :count])
         return ranked.flatten()
 
     def _reconstruct(self, head: CompressionHead, start: int, compressed: bool) -> Float[Tensor, "rows D"]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from retriever import DualEncoder
 from training.experiment import OptimizationConfig
 
-__all__ = ["learning_rate_factor", "parameter_groups"]
+__all__ = ["clip_gradients", "forget", "learning_rate_factor", "parameter_groups"]
 
 
 def parameter_groups(model: DualEncoder, config: OptimizationConfig) -> list[dict[str, object]]:
@@ -43,3 +45,21 @@ def learning_rate_factor(step: int, steps: int, config: OptimizationConfig) -> f
     share = (step - rise) / max(1.0, steps - rise)  # of the fall, 0 to 1
     falls = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
     return falls[config.schedule]
+
+
+def clip_gradients(model: DualEncoder, limit: float) -> dict[str, float]:
+    """Clip the gradients of towers and head, each to the norm; return the norms before."""
+    norms = {}
+    towers = [p for name, p in model.named_parameters() if not name.startswith("head.")]
+    for name, parameters in {"towers": towers, "head": list(model.head.parameters())}.items():
+        if any(p.grad is not None for p in parameters):
+            norms[f"train/grad_norm_{name}"] = nn.utils.clip_grad_norm_(parameters, limit).item()
+    return norms
+
+
+def forget(optimizer: torch.optim.Optimizer, restarted: Mapping[nn.Parameter, Tensor]) -> None:
+    """Zero the moments of restarted rows, given by a mask for each parameter: they belonged to other values."""
+    for parameter, mask in restarted.items():
+        for value in optimizer.state[parameter].values():
+            if value.shape == parameter.shape:
+                value[mask] = 0

@@ -36,15 +36,14 @@ from retriever import (
 from retriever.data import document_key
 from retriever.distributed import all_gather
 from retriever.heads import QuantizerFit
-from training.candidates import Candidates, frozen_copy
+from training.candidates import build_candidates, freeze_towers
 from training.card import model_card
 from training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from training.corpus import TrainingCorpus
 from training.evaluate import embed_in_shares, evaluate_model, search_exhaustively, select_evaluation
 from training.experiment import Experiment, OptimizationConfig, dump_experiment
 from training.losses import ScoredBatch
 from training.negatives import BatchPlan, PairDataset
-from training.optimizer import learning_rate_factor, parameter_groups
+from training.optimizer import clip_gradients, forget, learning_rate_factor, parameter_groups
 from training.run_folder import checkpoint_to_continue, refuse_finished
 from training.scoring import score_batch
 from training.tracking import RunLog
@@ -147,15 +146,14 @@ class Trainer:
         torch.manual_seed(experiment.seed)
         self.model = experiment.model.build(experiment.head).to(self.accelerator.device)
         self.loss = experiment.loss.build()
-        self._freeze(optimization.freeze)
-        self.corpus = self._load_corpus()
-        teacher = frozen_copy(self.model) if experiment.loss.needs_teacher else None
-        self.candidates = Candidates(experiment.live_negatives, self.corpus, teacher)
+        freeze_towers(self.model, optimization.freeze)
+        self.candidates = build_candidates(experiment, self.model, self.data.documents.values(), self._embed)
+        self.corpus = self.candidates.corpus
         self._plan_pairs()
         compresses = experiment.head.name != "none"
         experiment.head.check_sample(min(len(self._warm_start_ids()), optimization.warm_start_documents))
         self.head_start = round(optimization.dense_warmup * self.steps) if compresses else self.steps
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, optimization))
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, optimization), fused=True)
         self.state = nn.ModuleDict({"model": self.model, "loss": self.loss, "candidates": self.candidates})
         self.state.to(self.accelerator.device)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -180,36 +178,16 @@ class Trainer:
 
     def _label_by_teacher(self) -> RetrievalData:
         """Give every query of the split the document that the towers rank first, in the place of its judgements."""
-        names, precision = list(self.data.qrels), self.experiment.optimization.precision
-        texts = [self.data.queries[name] for name in names]
+        texts = [self.data.queries[name] for name in self.data.qrels]
+        precision = self.experiment.optimization.precision
         queries = embed_in_shares(
             texts, lambda part: embed_queries(self.model, part, precision=precision), self.accelerator.device
         )
-        vectors = self._embed(list(self.data.documents.values()))
-        _, rows = search_exhaustively(queries, vectors, 1, metric=self.model.head.metric)
+        documents = self._embed(list(self.data.documents.values()))
+        _, rows = search_exhaustively(queries, documents, 1, metric=self.model.head.metric)
         ids = list(self.data.documents)
-        qrels = {name: {ids[row]: 1} for name, row in zip(names, rows.squeeze(1).tolist(), strict=True)}
-        return replace(self.data, qrels=qrels)
-
-    def _freeze(self, which: str) -> None:
-        """Stop the gradients of towers that do not train."""
-        if which in ("documents", "both"):
-            self.model.document_encoder.requires_grad_(False)
-        if which == "both":
-            self.model.query_encoder.requires_grad_(False)
-
-    def _load_corpus(self) -> TrainingCorpus | None:
-        """Return the corpus where it is needed by row, with its vectors where they do not change."""
-        live, freeze = self.experiment.live_negatives, self.experiment.optimization.freeze
-        if not live.per_query and freeze == "none":
-            return None
-        coded = live.per_query and live.by == "compressed"
-        corpus = TrainingCorpus(
-            self.data.documents.values(), num_codes=self.model.head.num_codes if coded else 0
-        )
-        if freeze != "none":
-            corpus.embed(self._embed)
-        return corpus
+        best = {name: {ids[row]: 1} for name, (row,) in zip(self.data.qrels, rows.tolist(), strict=True)}
+        return replace(self.data, qrels=best)
 
     def _check_batch(self, optimization: OptimizationConfig) -> None:
         shares = optimization.accumulation * self.processes
@@ -266,7 +244,8 @@ class Trainer:
             for name, value in parts.items():
                 row[f"train/loss_{name}"] += self._mean(value) / optimization.accumulation
         row["train/loss"] = sum(value for name, value in row.items() if name.startswith("train/loss_"))
-        row |= self._clip()
+        self.accelerator.unscale_gradients()
+        row |= clip_gradients(self.model, optimization.max_grad_norm)
         if compress:
             self.model.head.descend(factor, torch.Generator().manual_seed(self._seed(step, rank=0)))
         self.optimizer.step()
@@ -304,28 +283,13 @@ class Trainer:
         whole = optimization.cross_device == "full" and optimization.world_scale == "exact"
         return self.processes if whole and not name.startswith("head_") else 1
 
-    def _clip(self) -> dict[str, float]:
-        """Clip the gradients of towers and head, each to the norm; return both norms."""
-        self.accelerator.unscale_gradients()
-        limit = self.experiment.optimization.max_grad_norm
-        norms = {}
-        towers = [p for name, p in self.model.named_parameters() if not name.startswith("head.")]
-        for name, parameters in {"towers": towers, "head": list(self.model.head.parameters())}.items():
-            if any(p.grad is not None for p in parameters):
-                norms[f"train/grad_norm_{name}"] = nn.utils.clip_grad_norm_(parameters, limit).item()
-        return norms
-
     def _care_for_codebooks(self, step: int, seen: ScoredBatch) -> dict[str, float]:
         """Measure the codebooks' use and distortion; restart dead codewords."""
         head = self.model.head
         error = (seen.documents - seen.reconstruction).detach().square().sum(1).mean().item()
         row = {"head/distortion": error, **{f"head/{k}": v for k, v in head.usage_statistics().items()}}
         generator = torch.Generator().manual_seed(self._seed(step, rank=0))
-        restarted = head.restart_dead_codes(all_gather(seen.documents.detach()), generator)
-        for parameter, mask in restarted.items():
-            for value in self.optimizer.state[parameter].values():
-                if value.shape == parameter.shape:
-                    value[mask] = 0  # the optimizer forgets the old codeword
+        forget(self.optimizer, head.restart_dead_codes(all_gather(seen.documents.detach()), generator))
         return row
 
     def _start_or_refresh(self, step: int) -> None:

@@ -69,6 +69,7 @@ class Codebooks(nn.Module):
         shape = (num_codebooks, codewords, width)
         self.codewords = nn.Parameter(torch.empty(shape).uniform_(-1, 1))  # MoPQ's start
         self.selection = SELECTIONS[selection](*shape)
+        self.selection.start(self.codewords)
         self.register_buffer("usage", torch.zeros(shape[:2], dtype=torch.int64))
         self.assignment = assignment
         if assignment != "live":
@@ -87,23 +88,39 @@ class Codebooks(nn.Module):
             self.anchors.copy_(self.codewords)
         self.usage.zero_()
 
-    def forward(self, z: Float[Tensor, "N M S"]) -> tuple[Estimate, Int[Tensor, "N M"]]:
-        """Return the chosen codewords with the estimator's gradient path, and the codes."""
+    def forward(
+        self, z: Float[Tensor, "N M S"], start_z: Float[Tensor, "N M S"] | None = None
+    ) -> tuple[Estimate, Int[Tensor, "N M"]]:
+        """Return the chosen codewords with the estimator's gradient path, and the codes.
+
+        Args:
+            z: Sub-vectors.
+            start_z: What they would be had nothing before these codebooks trained; a frozen assignment looks at
+                these. By default `z`.
+        """
         balance = self.balance if self.training and self.assignment == "live" else None
         scores = self.selection(z, self.codewords) if balance or self._needs_scores else None
         if balance and scores is not None:
             codes = balanced_codes(-scores, epsilon=balance.epsilon, iterations=balance.iterations)
         else:
-            codes = self._choose(z, self.codewords if self.assignment == "live" else self.anchors)
+            codes = self._choose(z, start_z, frozen=self.assignment != "live")
         divided = scores / self._temperature if self._needs_scores and scores is not None else None
         return self._estimator(z, self.codewords, divided, codes), codes
 
     @torch.no_grad()
-    def encode(self, z: Float[Tensor, "N M S"]) -> Int[Tensor, "N M"]:
-        """Return the codes."""
-        return self._choose(z, self.anchors if self.assignment == "frozen" else self.codewords)
+    def encode(
+        self, z: Float[Tensor, "N M S"], start_z: Float[Tensor, "N M S"] | None = None
+    ) -> Int[Tensor, "N M"]:
+        """Return the codes; see `forward`."""
+        return self._choose(z, start_z, frozen=self.assignment == "frozen")
 
-    def _choose(self, z: Float[Tensor, "N M S"], codebooks: Float[Tensor, "M K S"]) -> Int[Tensor, "N M"]:
+    @torch.no_grad()
+    def _choose(
+        self, z: Float[Tensor, "N M S"], start_z: Float[Tensor, "N M S"] | None, *, frozen: bool
+    ) -> Int[Tensor, "N M"]:
+        if frozen and start_z is not None:
+            z = start_z
+        codebooks = self.anchors if frozen else self.codewords
         parts = [self.selection.choose(rows, codebooks) for rows in z.split(ROWS_AT_ONCE)]
         return torch.cat(parts) if parts else z.new_empty(z.shape[:2], dtype=torch.int64)
 
@@ -134,12 +151,16 @@ class Codebooks(nn.Module):
     ) -> dict[nn.Parameter, Bool[Tensor, "M K"]]:
         """Once the window is full, put a random sub-vector in the place of every codeword it did not use.
 
+        Nothing where codes are not chosen by the codewords, as no new codeword would then be chosen either.
+
         Args:
             z: Sub-vectors to choose from.
             window: Documents a codeword, on average, that fill the window.
             generator: Chooses.
         """
-        if self.assignment != "live" or int(self.usage[0].sum()) < window * self.usage.shape[1]:
+        if self.assignment != "live" or not self.selection.by_codewords:
+            return {}
+        if int(self.usage[0].sum()) < window * self.usage.shape[1]:
             return {}
         z = z.transpose(0, 1)  # (M, N, S)
         dead = self.usage == 0

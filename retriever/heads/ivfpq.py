@@ -63,6 +63,11 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
                 f"list_assignment must be one of {', '.join(get_args(AssignmentName))}, got "
                 f"{self.list_assignment!r}."
             )
+        if self.assignment != "live" and self.list_assignment != self.assignment:
+            raise InputError(
+                f"assignment {self.assignment!r} takes residuals from starting centroids, so list_assignment must be "
+                f"the same, got {self.list_assignment!r}."
+            )
 
     def check_sample(self, documents: int) -> None:
         """Raise InputError if the warm start would have fewer documents than lists or codewords."""
@@ -143,17 +148,18 @@ class IVFProductQuantizer(CompressionHead):
             centroid = self.coarse.select(lists).squeeze(1)
             # "codeword" passes on the vector's gradient once, in the residual, where it must not reach the centroid
             residual = z - (centroid.detach() if self._config.estimator == "codeword" else centroid)
-            fine, codes = self.fine(self._split(residual))
+            fine, codes = self.fine(self._split(residual), self._start_residual(z, lists))
             back = matrix.detach() if self._config.estimator == "identity" else matrix
             reconstruction = (centroid + fine.codewords.flatten(1)) @ back
             whole = centroid + self.fine.select(codes).flatten(1)
             losses = auxiliary_losses(self._config, x, matrix, whole)
+            listed = coarse.codewords.squeeze(1) @ back
         return HeadOutput(
             reconstruction=reconstruction,
             codes=torch.cat([lists, codes], 1),
             losses=losses,
             log_assignment=fine.log_assignment,
-            coarse=coarse.codewords.squeeze(1) @ back,
+            coarse=listed,
         )
 
     @torch.no_grad()
@@ -162,8 +168,9 @@ class IVFProductQuantizer(CompressionHead):
         with torch.autocast(x.device.type, enabled=False):
             z = x.float() @ self.rotation.T
             lists = self.coarse.encode(z[:, None])
-            # residuals are taken from the current centroids: those that decode adds
-            codes = self.fine.encode(self._split(z - self.coarse.select(lists).squeeze(1)))
+            # a live assignment takes residuals from the current centroids, those that decode adds
+            residual = z - self.coarse.select(lists).squeeze(1)
+            codes = self.fine.encode(self._split(residual), self._start_residual(z, lists))
         return torch.cat([lists, codes], 1)
 
     def decode(self, codes: Int[Tensor, "N 1+M"]) -> Float[Tensor, "N D"]:
@@ -248,6 +255,12 @@ class IVFProductQuantizer(CompressionHead):
             **self.coarse.restart_dead_codes(z[:, None], window, generator),
             **self.fine.restart_dead_codes(self._split(residual), window, generator),
         }
+
+    def _start_residual(self, z: Float[Tensor, "N D"], lists: Int[Tensor, "N 1"]) -> Tensor | None:
+        """Return the residuals to the starting centroids, by which frozen codes are chosen."""
+        if self._config.assignment == "live":
+            return None
+        return self._split(z - self.coarse.anchors[0, lists.squeeze(1)])
 
     def _split(self, z: Float[Tensor, "N D"]) -> Float[Tensor, "N M S"]:
         return z.view(len(z), *self.fine.codewords.shape[::2])

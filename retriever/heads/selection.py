@@ -9,7 +9,7 @@ Shapes: N vectors, M codebooks, K codewords, S sub-dimensions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,16 @@ SelectionName = Literal["l2", "inner_product", "cosine", "bilinear", "mlp", "sub
 class Selection(nn.Module, ABC):
     """Scores of all codewords for sub-vectors.
 
+    Attributes:
+        by_codewords: Whether the scores look at the codewords, and not only at parameters of their own.
+
     Args:
         num_codebooks: M.
         codewords: K.
         width: S.
     """
+
+    by_codewords: ClassVar[bool] = True
 
     def __init__(self, num_codebooks: int, codewords: int, width: int) -> None:
         super().__init__()
@@ -96,6 +101,8 @@ class BilinearSelection(Selection):
 class MLPSelection(Selection):
     """relu(W z + b) of the whole vector: logits that do not look at the codewords."""
 
+    by_codewords = False
+
     def __init__(self, num_codebooks: int, codewords: int, width: int) -> None:
         super().__init__(num_codebooks, codewords, width)
         self.linear = nn.Linear(num_codebooks * width, num_codebooks * codewords)
@@ -107,6 +114,8 @@ class MLPSelection(Selection):
 
 class SubMLPSelection(Selection):
     """relu(W_m z_m + b_m), one layer a codebook; starts as the affine part of the L2 score."""
+
+    by_codewords = False
 
     def __init__(self, num_codebooks: int, codewords: int, width: int) -> None:
         super().__init__(num_codebooks, codewords, width)
@@ -144,6 +153,8 @@ class MixSelection(Selection):
 
 class DPQSelection(Selection):
     """z . key with a table of keys beside the codewords (DPQ-SX, Chen et al., ICML 2020); keys start as codewords."""
+
+    by_codewords = False
 
     def __init__(self, num_codebooks: int, codewords: int, width: int) -> None:
         super().__init__(num_codebooks, codewords, width)

@@ -128,7 +128,7 @@ def test_draws_are_those_of_the_seed() -> None:
     assert found[0] != found[2]
 
 
-@pytest.mark.parametrize("depth", [1, 10, DOCUMENTS - R])
+@pytest.mark.parametrize("depth", [1, 10, DOCUMENTS - R, 10_000])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_relevant_documents_are_never_negatives_while_others_are_left(seed: int, depth: int) -> None:
     """Also not where they rank first: the queries here are relevant documents themselves."""

@@ -399,14 +399,29 @@ def test_frozen_codes_are_decoded_by_the_current_codewords_and_centroids() -> No
     torch.testing.assert_close(head.decode(codes), before + shift[0] + 1, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("part", ["fine", "coarse"])
-def test_frozen_codebooks_are_not_restarted(part: str) -> None:
-    options = {"fine": {"assignment": "frozen"}, "coarse": {"list_assignment": "frozen"}}[part]
+@pytest.mark.parametrize("both", [False, True])
+def test_frozen_codebooks_are_not_restarted(both: bool) -> None:
+    options = {"list_assignment": "frozen"} | ({"assignment": "frozen"} if both else {})
     head, x = make_head(restart_window=1.0, **options), rand(N, D, seed=1)
     head.count(torch.zeros(100, 1 + M, dtype=torch.int64))
     restarted = head.restart_dead_codes(x, torch.Generator().manual_seed(0))
-    other = {"fine": head.coarse, "coarse": head.fine}[part]
-    assert list(restarted) == [other.codewords]
+    assert list(restarted) == ([] if both else [head.fine.codewords])
+
+
+def test_codes_of_a_wholly_frozen_assignment_do_not_move_with_the_centroids() -> None:
+    head = make_head(assignment="frozen", list_assignment="frozen").eval()
+    x = rand(N, D, seed=2)
+    before = head.encode(x)
+    with torch.no_grad():
+        head.coarse.codewords.add_(0.5 * rand(*head.coarse.codewords.shape, seed=3))
+        head.fine.codewords.add_(0.5 * rand(*head.fine.codewords.shape, seed=4))
+    assert torch.equal(head.encode(x), before)
+    assert torch.equal(head(x).codes, before)
+
+
+def test_codes_frozen_before_live_lists_are_refused() -> None:
+    with pytest.raises(InputError, match="list_assignment must be the same, got 'live'"):
+        IVFProductQuantizerConfig(assignment="frozen")
 
 
 # --- starting values ---

@@ -112,15 +112,22 @@ class Distillation(RetrievalLoss):
             parts["compressed"] = config.compressed_weight * compressed
         if batch.coarse is not None and config.list_weight != 0:
             lists = compare(batch.coarse)
-            if self.list_weight.isnan():
-                self.list_weight.copy_(_mean(compressed) / _mean(lists))
-            parts["lists"] = self.list_weight * lists
+            parts["lists"] = self._list_weight(compressed, lists) * lists
         if config.dense_weight:
             parts["dense"] = config.dense_weight * compare(batch.dense)
         if config.label_weight:
             hard = cross_entropy(batch.compressed, batch.labels, batch.ignore, config.temperature)
             parts["labels"] = config.label_weight * hard
         return parts
+
+    def _list_weight(self, compressed: Tensor, lists: Tensor) -> Tensor:
+        """Return w_ivf; if it is not given, fix it by the first batch in which both terms are positive."""
+        if self.list_weight.isnan():
+            ratio = _mean(compressed) / _mean(lists)
+            if not (bool(ratio.isfinite()) and ratio > 0):
+                return torch.ones_like(ratio)
+            self.list_weight.copy_(ratio)
+        return self.list_weight
 
 
 def _mean(value: Tensor) -> Tensor:
