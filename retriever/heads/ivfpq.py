@@ -63,10 +63,10 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
                 f"list_assignment must be one of {', '.join(get_args(AssignmentName))}, got "
                 f"{self.list_assignment!r}."
             )
-        if self.assignment != "live" and self.list_assignment != self.assignment:
+        if self.assignment != "live" and self.list_assignment == "live":
             raise InputError(
-                f"assignment {self.assignment!r} takes residuals from starting centroids, so list_assignment must be "
-                f"the same, got {self.list_assignment!r}."
+                f"assignment {self.assignment!r} takes residuals from starting centroids, so list_assignment cannot "
+                "be 'live'. Set list_assignment frozen."
             )
 
     def check_sample(self, documents: int) -> None:
