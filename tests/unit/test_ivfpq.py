@@ -420,7 +420,7 @@ def test_codes_of_a_wholly_frozen_assignment_do_not_move_with_the_centroids() ->
 
 
 def test_codes_frozen_before_live_lists_are_refused() -> None:
-    with pytest.raises(InputError, match="list_assignment cannot be 'live'. Set list_assignment frozen"):
+    with pytest.raises(InputError, match=r"list_assignment cannot be 'live'\. Set list_assignment frozen"):
         IVFProductQuantizerConfig(assignment="frozen")
 
 
