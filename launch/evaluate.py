@@ -34,7 +34,7 @@ def run(words: list[str]) -> int:
         "--nprobe",
         type=list[int] | None,
         default=None,
-        help="Numbers of inverted lists to probe, as [1,4,16]; one row of measures each (index folders with lists).",
+        help="Numbers of inverted lists to probe, as '[1,4,16]'; one row of measures each (index folders with lists).",
     )
     parser.add_argument(
         "--plot",
@@ -47,7 +47,7 @@ def run(words: list[str]) -> int:
     options = parse(parser, words)
     folder = Path(options.folder)
     if options.plot and not options.nprobe:
-        raise InputError("--plot draws Recall@100 against nprobe. Give the numbers, as --nprobe [1,4,16].")
+        raise InputError("--plot draws Recall@100 against nprobe. Give the numbers, as --nprobe '[1,4,16]'.")
     if options.nprobe and options.run:
         raise InputError("--run writes the results of one search. Leave out --nprobe.")
     if _kind(folder) == "index" and options.nprobe:

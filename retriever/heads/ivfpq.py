@@ -63,6 +63,11 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
                 f"list_assignment must be one of {', '.join(get_args(AssignmentName))}, got "
                 f"{self.list_assignment!r}."
             )
+        if self.list_assignment != "live" and ROTATIONS[self.rotation].learned:
+            raise InputError(
+                f"list_assignment {self.list_assignment!r} keeps lists only behind a fixed rotation, got "
+                f"{self.rotation!r}. Set rotation opq."
+            )
         if self.assignment != "live" and self.list_assignment == "live":
             raise InputError(
                 f"assignment {self.assignment!r} takes residuals from starting centroids, so list_assignment cannot "

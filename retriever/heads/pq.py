@@ -121,6 +121,11 @@ class ProductQuantizerConfig(HeadConfig):
                 f"rotation {self.rotation!r} learns nothing with estimator identity and distortion_weight 0. "
                 "Set distortion_weight 1, or rotation opq."
             )
+        if self.assignment != "live" and ROTATIONS[self.rotation].learned:
+            raise InputError(
+                f"assignment {self.assignment!r} keeps codes only behind a fixed rotation, got {self.rotation!r}. "
+                "Set rotation opq."
+            )
         if self.assignment != "live" and (self.selection != "l2" or self.balance != "none"):
             raise InputError(
                 f"assignment {self.assignment!r} chooses by starting codewords, so it goes with selection l2 and "

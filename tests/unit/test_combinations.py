@@ -122,3 +122,11 @@ def test_a_value_outside_its_range_is_refused_by_its_name(config: Any, options: 
 def test_labels_of_an_unknown_kind_are_refused() -> None:
     with pytest.raises(InputError, match=r"data\.labels must be judged or teacher, got 'guessed'"):
         DataConfig(source="data", labels="guessed")
+
+
+@pytest.mark.parametrize("rotation", ["givens_greedy", "cayley"])
+@pytest.mark.parametrize("name", ["assignment", "list_assignment"])
+def test_frozen_codes_behind_a_rotation_that_moves_are_refused(name: str, rotation: str) -> None:
+    options = {"list_assignment": "frozen", name: "frozen"}
+    with pytest.raises(InputError, match=rf"only behind a fixed rotation, got '{rotation}'"):
+        IVFProductQuantizerConfig(rotation=rotation, distortion_weight=1.0, **options)

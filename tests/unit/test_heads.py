@@ -41,8 +41,8 @@ CONFIGS: dict[str, list[HeadConfig]] = {
             codebook_bits=4,
             rotation="givens_greedy",
             distortion_weight=1.0,
-            assignment="frozen",
         ),
+        ProductQuantizerConfig(num_codebooks=4, codebook_bits=4, assignment="frozen"),
         ProductQuantizerConfig(num_codebooks=4, codebook_bits=4, rotation="cayley", selection="mix"),
         ProductQuantizerConfig(
             num_codebooks=4, codebook_bits=4, rotation="free", metric="inner_product", selection="dpq"

@@ -171,7 +171,8 @@ def test_scores_of_all_lists_are_those_of_the_decoded_documents(
     assert all(sorted(row) == list(range(DOCUMENTS)) for row in rows.tolist())
 
 
-@every_variant
+@pytest.mark.parametrize("rotation", ["none", "opq"])
+@pytest.mark.parametrize("metric", ["inner_product", "l2"])
 def test_scores_after_training_with_frozen_codes_are_those_of_the_decoded_documents(
     metric: str, rotation: str
 ) -> None:

@@ -24,7 +24,7 @@ class HingeConfig(LossConfig):
 
     Attributes:
         margin: delta, in units of the score; Poeem's is not published.
-        reduction: Over a query's negatives: "mean", or "sum" as in the paper. Queries are averaged.
+        reduction: Over a query's negatives: "mean", or "sum" as Poeem is reported to use. Queries are averaged.
     """
 
     name: ClassVar[str] = "hinge"
