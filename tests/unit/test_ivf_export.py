@@ -23,9 +23,20 @@ from index import IndexConfig, Searcher, export_index
 from index.builders import FaissIndex, IVFPQBuilder, PQBuilder, inverted_file, probing_all, search_index
 from index.parity import assert_parity
 from launch.main import main
-from retriever import Document, DualEncoder, DualEncoderConfig, InputError, embed_documents, read_corpus
+from retriever import (
+    Document,
+    DualEncoder,
+    DualEncoderConfig,
+    InputError,
+    RetrievalData,
+    embed_documents,
+    read_corpus,
+    read_qrels,
+    read_queries,
+)
 from retriever.heads import IVFProductQuantizer, IVFProductQuantizerConfig, ProductQuantizerConfig
 from retriever.scores import score_matrix
+from training import evaluate_index
 
 D, M, DOCUMENTS, QUERIES = 16, 4, 300, 7
 SEEDS = (0, 1, 2)
@@ -380,3 +391,24 @@ def test_the_command_line_probes_as_many_lists_as_it_is_told(
     _, ids = Searcher(folder, nprobe=nprobe).search(["w1 w2"], k=80)
     assert list(found) == ids[0]
     assert (len(found) == 80) == (nprobe == 8)
+
+
+def test_evaluate_prints_and_draws_the_measures_of_every_number_of_lists(
+    folder: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "recall.svg"
+    words = ["evaluate", str(folder), str(tiny_data), "--nprobe", "[8,1]", "--plot", str(plot), "--json"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    queries = read_queries(str(tiny_data))
+    data = RetrievalData({}, queries, read_qrels(str(tiny_data), "test", queries=queries))
+    expected = {str(n): evaluate_index(Searcher(folder, nprobe=n), data)[0] for n in (1, 8)}
+    assert found == expected
+    assert "Recall@100" in plot.read_text(encoding="utf-8")
+
+
+def test_a_plot_without_numbers_of_lists_is_refused(
+    folder: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(folder), str(tiny_data), "--plot", str(tmp_path / "plot.svg")]) == 2
+    assert "--nprobe '[1,4,16]'" in capsys.readouterr().err
