@@ -52,15 +52,10 @@ class Rotation(nn.Module, ABC):
         """Move the manual parameters down their gradients; `step` is in radians per unit of gradient."""
 
 
-class FixedRotation(Rotation):
-    """A rotation that training leaves as it starts: none, or OPQ's."""
+class StoredRotation(Rotation, ABC):
+    """A rotation whose entries are stored as they are, in `values`."""
 
-    learned = False
     values: Tensor
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("values", torch.eye(dim))
 
     @property
     def matrix(self) -> Float[Tensor, "D D"]:
@@ -73,7 +68,17 @@ class FixedRotation(Rotation):
         self.values.copy_(matrix)
 
 
-class FreeRotation(Rotation):
+class FixedRotation(StoredRotation):
+    """A rotation that training leaves as it starts: none, or OPQ's."""
+
+    learned = False
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("values", torch.eye(dim))
+
+
+class FreeRotation(StoredRotation):
     """An unconstrained matrix that starts as a rotation, as Poeem was released. It drifts off the orthogonal group."""
 
     orthonormal = False
@@ -81,16 +86,6 @@ class FreeRotation(Rotation):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.values = nn.Parameter(torch.eye(dim))
-
-    @property
-    def matrix(self) -> Float[Tensor, "D D"]:
-        """A."""
-        return self.values
-
-    @torch.no_grad()
-    def start(self, matrix: Float[Tensor, "D D"]) -> None:
-        """Set A."""
-        self.values.copy_(matrix)
 
 
 class CayleyRotation(Rotation):
@@ -114,7 +109,7 @@ class CayleyRotation(Rotation):
         self.linear.weight = matrix.to(self.matrix)
 
 
-class GivensRotation(Rotation):
+class GivensRotation(StoredRotation, ABC):
     """Givens coordinate descent on SO(D) (Jiang et al., ICLR 2022, arXiv:2203.05082).
 
     A step turns D // 2 disjoint coordinate planes at once, each by its own derivative: the turns commute, and the
@@ -134,19 +129,9 @@ class GivensRotation(Rotation):
         self.values = nn.Parameter(torch.eye(dim))
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
-    @property
-    def matrix(self) -> Float[Tensor, "D D"]:
-        """A."""
-        return self.values
-
-    @torch.no_grad()
-    def start(self, matrix: Float[Tensor, "D D"]) -> None:
-        """Set A."""
-        self.values.copy_(matrix)
-        self.updates.zero_()
-
     def manual_parameters(self) -> list[nn.Parameter]:
         """Return A."""
+        assert isinstance(self.values, nn.Parameter), "made so"
         return [self.values]
 
     @torch.no_grad()
