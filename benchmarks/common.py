@@ -46,7 +46,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], caption: str = ""
         )
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    Console(width=max(120, Console().width)).print(table)
+    Console(width=max(140, Console().width)).print(table)
 
 
 def write_result(

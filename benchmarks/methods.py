@@ -394,7 +394,7 @@ class Study:
         write_json(path, current)
 
 
-SHOWN = ("system", "bytes", *COLUMNS, "gain", "file_bytes", "train_seconds")
+SHOWN = ("system", "bytes", *COLUMNS, "gain", "file_bytes")
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:
