@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -175,7 +176,7 @@ class DualEncoder(nn.Module):
             documents: Vectors of the documents, where they are known already.
         """
         if documents is None:
-            documents = self.encode_documents(batch.documents)
+            documents = encode_by_length(self.document_encoder, batch.documents)
         head = self.head if compress else self._identity
         return Embeddings(self.encode_queries(batch.queries), documents, head(documents))
 
@@ -232,6 +233,41 @@ class DualEncoder(nn.Module):
             query = Encoder.load(folder / "query_encoder", **settings["query"])
         model = cls(query, document, load_head(folder / "head"), title_separator=config["title_separator"])
         return model.eval()
+
+
+def encode_by_length(encoder: Encoder, tokens: Tokens) -> Float[Tensor, "N D"]:
+    """Return the vectors of texts, in groups of like length where that saves a quarter of the padding or more.
+
+    Live and given negatives come in any length, and one long text pads all others.
+    """
+    groups = length_groups(tokens["attention_mask"])
+    if len(groups) == 1:
+        return encoder(tokens)  # type: ignore[no-any-return]
+    parts = [
+        encoder({name: value[rows, :length] for name, value in tokens.items()}) for rows, length in groups
+    ]
+    return torch.cat(parts)[torch.cat([rows for rows, _ in groups]).argsort()]
+
+
+def length_groups(mask: Int[Tensor, "N L"], *, groups: int = 4, fewest: int = 8) -> list[tuple[Tensor, int]]:
+    """Return rows and tokens of each group; one group of all where grouping does not pay, or padding is on the left.
+
+    Args:
+        mask: Attention mask.
+        groups: Groups to make.
+        fewest: Rows below which a group would leave the device idle.
+    """
+    count, width = mask.shape
+    whole = [(torch.arange(count, device=mask.device), width)]
+    if count < groups * fewest or not bool(mask[:, 0].all()):
+        return whole
+    lengths, order = mask.sum(1).sort(stable=True)
+    parts = [
+        (rows, int(longest[-1]))
+        for rows, longest in zip(order.chunk(groups), lengths.chunk(groups), strict=True)
+    ]
+    kept = sum(len(rows) * length for rows, length in parts)
+    return parts if kept <= 0.75 * count * width else whole
 
 
 def model_fingerprint(folder: Path) -> str:
