@@ -56,7 +56,7 @@ def write_result(
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+    plain = {name: _plain(value) for name, value in vars(options).items()}
     result = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": {**describe(), "processor": _processor(), "torch_threads": torch.get_num_threads()},
@@ -66,6 +66,12 @@ def write_result(
     }
     write_json(path, json.loads(json.dumps(result, default=float)))
     print(f"wrote {path}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _processor() -> str:
