@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,14 +167,12 @@ class Study:
         """Train a recipe from the start, export it to FAISS, and search there."""
         recipe = load_experiment(Path(f"configs/{method}.yaml"))
         assert isinstance(recipe.head, ProductQuantizerConfig), "the recipes are product quantizers"
-        began = time.perf_counter()
         folder = self.out / reading / f"{method}-{size}"
         experiment = replace(
             self._from_start(recipe, folder, str(start / "encoder"), reading),
             head=replace(recipe.head, num_codebooks=size),
         )
         model = self._fit(experiment)
-        trained = common.seconds_since(began)
         documents = list(self.data.documents.values())
         report = export_index(
             model,
@@ -188,7 +185,7 @@ class Study:
             overwrite=True,
         )
         searcher = Searcher(folder / "index")
-        result: Result = {"train_seconds": trained, "file_bytes": report.index_bytes / len(documents)}
+        result: Result = {"file_bytes": report.index_bytes / len(documents)}
         if isinstance(experiment.head, IVFProductQuantizerConfig):
             for probes in PROBES:
                 searcher.probe(probes)
@@ -206,13 +203,12 @@ class Study:
             self._post_hoc_fits[name, reading] = self._fit_post_hoc(
                 name, vectors["documents"].numpy(), reading
             )
-        built, seconds = self._post_hoc_fits[name, reading]
+        built = self._post_hoc_fits[name, reading]
         kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
         built.metric_type = kind  # codes do not depend on it
         if "OPQ" in name:
             built.index.metric_type = kind
-        result: Result = {"train_seconds": seconds}
-        result["file_bytes"] = len(faiss.serialize_index(built)) / built.ntotal
+        result: Result = {"file_bytes": len(faiss.serialize_index(built)) / built.ntotal}
         if "IVF" in name:
             inner = faiss.extract_index_ivf(built)
             for probes in PROBES:
@@ -224,14 +220,13 @@ class Study:
         run = self._run(built, q)
         return {**result, **measure(self.data.qrels, run), "per_query": self._per_query(run)}
 
-    def _fit_post_hoc(self, name: str, x: np.ndarray, reading: str) -> tuple[Any, float]:
-        """Return FAISS's index of all vectors, fitted on those of the reading, and the seconds it took."""
+    def _fit_post_hoc(self, name: str, x: np.ndarray, reading: str) -> Any:
+        """Return FAISS's index of all vectors, fitted on those of the reading."""
         known = [name not in self.judged or reading == "fitted" for name in self.data.documents]
         built = common.faiss_quantizer(x.shape[1], name, "l2", self.options.seed)
-        began = time.perf_counter()
         built.train(x[known])
         built.add(x)
-        return built, common.seconds_since(began)
+        return built
 
     def _dense_row(self, vectors: dict[str, Tensor]) -> Result:
         flat = load_faiss().IndexFlatIP(vectors["documents"].shape[1])
