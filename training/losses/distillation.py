@@ -1,6 +1,7 @@
 """Distillation of the dense ranking into the compressed one, Distill-VQ (Xiao et al., SIGIR 2022, arXiv:2204.00185).
 
-Shapes: B queries, N documents.
+Shapes: B queries, N documents. An objective takes the scores of teacher and student, (B, N), the documents that are
+left out, (B, N), and the column of each query's positive, (B,).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from training.losses.base import LossConfig, RetrievalLoss, ScoredBatch, check_t
 from training.losses.contrastive import cross_entropy
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
 
 __all__ = ["OBJECTIVES", "Distillation", "DistillationConfig"]
 
@@ -146,55 +147,30 @@ def _softmax(
     return logarithm.exp(), logarithm.masked_fill(left_out, 0)
 
 
-def listnet(
-    teacher: Float[Tensor, "B N"],
-    student: Float[Tensor, "B N"],
-    left_out: Bool[Tensor, "B N"],
-    labels: Int[Tensor, " B"],
-) -> Tensor:
+def listnet(teacher: Tensor, student: Tensor, left_out: Tensor, labels: Tensor) -> Tensor:
     """-sum softmax(T) log softmax(S): cross-entropy of the top-one probabilities (Cao et al., 2007)."""
     return -(_softmax(teacher, left_out)[0] * _softmax(student, left_out)[1]).sum(1).mean()
 
 
-def kl(
-    teacher: Float[Tensor, "B N"],
-    student: Float[Tensor, "B N"],
-    left_out: Bool[Tensor, "B N"],
-    labels: Int[Tensor, " B"],
-) -> Tensor:
+def kl(teacher: Tensor, student: Tensor, left_out: Tensor, labels: Tensor) -> Tensor:
     """KL(softmax(T) || softmax(S)): ListNet less the teacher's entropy, so 0 at its minimum; equal gradients."""
     p, log_p = _softmax(teacher, left_out)
     return (p * (log_p - _softmax(student, left_out)[1])).sum(1).mean()
 
 
-def mse(
-    teacher: Float[Tensor, "B N"],
-    student: Float[Tensor, "B N"],
-    left_out: Bool[Tensor, "B N"],
-    labels: Int[Tensor, " B"],
-) -> Tensor:
+def mse(teacher: Tensor, student: Tensor, left_out: Tensor, labels: Tensor) -> Tensor:
     """Mean of (S - T)^2 over a query's candidates."""
     return _mean_kept((student - teacher).square(), left_out)
 
 
-def margin_mse(
-    teacher: Float[Tensor, "B N"],
-    student: Float[Tensor, "B N"],
-    left_out: Bool[Tensor, "B N"],
-    labels: Int[Tensor, " B"],
-) -> Tensor:
+def margin_mse(teacher: Tensor, student: Tensor, left_out: Tensor, labels: Tensor) -> Tensor:
     """Mean of ((S+ - S-) - (T+ - T-))^2 over a query's candidates but the positive (Hofstaetter et al., 2020)."""
     error = student - teacher
     margins = error.gather(1, labels[:, None]) - error
     return _mean_kept(margins.square(), left_out.scatter(1, labels[:, None], True))
 
 
-def ranknet(
-    teacher: Float[Tensor, "B N"],
-    student: Float[Tensor, "B N"],
-    left_out: Bool[Tensor, "B N"],
-    labels: Int[Tensor, " B"],
-) -> Tensor:
+def ranknet(teacher: Tensor, student: Tensor, left_out: Tensor, labels: Tensor) -> Tensor:
     """Mean of log(1 + exp(S_j - S_i)) over a query's pairs with T_i > T_j, of the teacher's best (Burges, 2005)."""
     best = (
         teacher.masked_fill(left_out, float("-inf")).topk(min(RANKNET_DEPTH, teacher.shape[1]), dim=1).indices
