@@ -56,11 +56,7 @@ def run(words: list[str]) -> int:
         return 0
     if _kind(folder) == "index":
         searcher = Searcher(folder)
-        queries = read_queries(options.data)
-        qrels = read_qrels(options.data, options.split, queries=queries)
-        metrics, results = evaluate_index(
-            searcher, RetrievalData({}, queries, qrels), precision=options.precision
-        )
+        metrics, results = evaluate_index(searcher, _judged_queries(options), precision=options.precision)
         if options.run:
             write_run(Path(options.run), results, tag=folder.name)
     else:
@@ -82,9 +78,7 @@ def run(words: list[str]) -> int:
 def _evaluate_probes(folder: Path, options: Any) -> dict[int, dict[str, float]]:
     """Return the measures for each number of probed lists, and draw them if asked."""
     searcher = Searcher(folder)
-    queries = read_queries(options.data)
-    data = RetrievalData({}, queries, read_qrels(options.data, options.split, queries=queries))
-    probes = {}
+    data, probes = _judged_queries(options), {}
     for nprobe in sorted(set(options.nprobe)):
         searcher.probe(nprobe)
         probes[nprobe], _ = evaluate_index(searcher, data, precision=options.precision)
@@ -92,6 +86,12 @@ def _evaluate_probes(folder: Path, options: Any) -> dict[int, dict[str, float]]:
         curve = {nprobe: metrics["recall@100"] for nprobe, metrics in probes.items()}
         plot_probes(Path(options.plot), {folder.name: curve}, "Recall@100")
     return probes
+
+
+def _judged_queries(options: Any) -> RetrievalData:
+    """Read queries and judgements; the documents are in the index."""
+    queries = read_queries(options.data)
+    return RetrievalData({}, queries, read_qrels(options.data, options.split, queries=queries))
 
 
 def _probe_table(probes: dict[int, dict[str, float]]) -> str:

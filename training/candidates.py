@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from retriever import Document, DualEncoder, TokenBatch
-from retriever.data import document_key
 from retriever.heads import NoCompressionConfig
 from training.corpus import TrainingCorpus
 from training.experiment import Experiment, LiveNegativesConfig
@@ -77,12 +76,11 @@ class Candidates(nn.Module):
             depth=live.depth,
             compressed=live.by == "compressed",
         )
-        documents = [self.corpus.documents[row] for row in rows.tolist()]
-        tokens = {} if self.corpus.vectors is not None else model.tokenize_documents(documents)
-        keys = torch.tensor([document_key(document.id) for document in documents])
-        return batch.with_documents(
-            {name: value.to(rows.device) for name, value in tokens.items()}, keys.to(rows.device)
-        )
+        keys = self.corpus.keys[rows.cpu()].to(rows.device)
+        if self.corpus.vectors is not None:
+            return batch.with_documents({}, keys)
+        tokens = model.tokenize_documents([self.corpus.documents[row] for row in rows.tolist()])
+        return batch.with_documents({name: value.to(rows.device) for name, value in tokens.items()}, keys)
 
     @torch.no_grad()
     def start(self, model: DualEncoder, vectors: Float[Tensor, "n D"] | None) -> None:

@@ -38,6 +38,7 @@ class TrainingCorpus(nn.Module):
         super().__init__()
         self.documents = list(documents)
         self.row = {document_key(document.id): row for row, document in enumerate(self.documents)}
+        self.keys = torch.tensor(list(self.row))  # (n,), in the order of the rows
         self.vectors: Tensor | None = None  # (n, D), set where the document tower is frozen
         self.register_buffer("codes", torch.zeros(len(self.documents), num_codes, dtype=torch.int32))
 

@@ -28,6 +28,7 @@ __all__ = [
     "HeadOutput",
     "ProductCodebooks",
     "QuantizerFit",
+    "list_number_size",
     "pack_codes",
     "pack_list_numbers",
     "unpack_codes",
@@ -241,10 +242,14 @@ def pack_codes(codes: Int[Tensor, "N M"], code_bits: int) -> NDArray[np.uint8]:
     return np.packbits(bits.astype(np.uint8).reshape(len(values), -1), axis=1, bitorder="little")
 
 
+def list_number_size(num_lists: int) -> int:
+    """Return the bytes of a list number, as `faiss.IndexIVF` counts them: those of `num_lists` - 1."""
+    return ((num_lists - 1).bit_length() + 7) // 8
+
+
 def pack_list_numbers(lists: Int[NDArray[np.int64], " N"], num_lists: int) -> NDArray[np.uint8]:
     """Return list numbers as `faiss.IndexIVF` writes them before a code: little-endian, bytes of `num_lists` - 1."""
-    width = ((num_lists - 1).bit_length() + 7) // 8
-    return lists.astype("<u8").view(np.uint8).reshape(len(lists), 8)[:, :width]
+    return lists.astype("<u8").view(np.uint8).reshape(len(lists), 8)[:, : list_number_size(num_lists)]
 
 
 def unpack_codes(

@@ -22,6 +22,7 @@ from retriever.heads.base import (
     CompressionHead,
     HeadOutput,
     QuantizerFit,
+    list_number_size,
     pack_codes,
     pack_list_numbers,
     unpack_codes,
@@ -137,7 +138,7 @@ class IVFProductQuantizer(CompressionHead):
     @property
     def list_bytes(self) -> int:
         """Bytes of a list number, as `IndexIVF` counts them."""
-        return ((self._config.num_lists - 1).bit_length() + 7) // 8
+        return list_number_size(self._config.num_lists)
 
     @property
     def code_size(self) -> int:
