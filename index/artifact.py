@@ -9,75 +9,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from index._faiss import load_faiss
-from index.builders import BUILDERS, FaissIndex, IndexBuilder, probing_all
+from index.builders import FaissIndex, IndexBuilder, probing_all
+from index.config import IndexConfig
 from index.encode import EncodedCorpus, encode_corpus
 from index.parity import assert_parity
-from retriever import Document, DualEncoder, InputError, Precision, model_fingerprint
+from retriever import Document, DualEncoder, Precision, model_fingerprint
 from retriever.folder import publish_folder, write_json
-from retriever.heads import CoarseProductCodebooks, CompressionHead, FaissExport, FlatVectors
+from retriever.heads import CompressionHead, FaissExport
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["ExportReport", "IndexConfig", "export_index"]
-
-Kind = Literal["auto", "flat", "pq", "ivfpq"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexConfig:
-    """Which FAISS index carries the codes.
-
-    Attributes:
-        kind: "flat" (head none), "pq" (CPU), "ivfpq" (a head with lists; or a flat quantizer in the form that a GPU
-            takes), or "auto": as the head needs.
-        nlist: Inverted lists over which "ivfpq" spreads the codes of a head without lists; all are probed.
-        nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default the square root
-            of their number.
-    """
-
-    kind: Kind = "auto"
-    nlist: int = 1
-    nprobe: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise InputError(f"index.kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
-        if self.nlist < 1:
-            raise InputError(f"index.nlist must be at least 1, got {self.nlist}.")
-        if self.nlist != 1 and self.kind != "ivfpq":
-            raise InputError(f"index.nlist={self.nlist} needs index.kind ivfpq, got {self.kind!r}.")
-
-    def builder(self, export: FaissExport) -> IndexBuilder:
-        """Return the builder for a head's export, checked.
-
-        Raises:
-            InputError: If the kind cannot carry it.
-        """
-        if self.nprobe is not None and not isinstance(export, CoarseProductCodebooks):
-            raise InputError(
-                f"index.nprobe needs a head with inverted lists, got {self.nprobe}. Leave it out, or train with the "
-                "head `ivfpq`."
-            )
-        kind = self.kind
-        if kind == "auto":
-            kind = "flat" if isinstance(export, FlatVectors) else "pq"
-            if isinstance(export, CoarseProductCodebooks):
-                kind = "ivfpq"
-        family = BUILDERS[kind]
-        options = {field.name: getattr(self, field.name) for field in fields(family)}
-        builder = family(**options)
-        builder.check(export)
-        return builder
+__all__ = ["ExportReport", "export_index"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
