@@ -8,18 +8,35 @@ A folder holds `corpus.jsonl[.gz]` (`_id`, `title`, `text`), `queries.jsonl[.gz]
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
 
 from retriever.data import Document
 from retriever.errors import InputError
 
-__all__ = ["Qrels", "RetrievalData", "read_corpus", "read_negatives", "read_qrels", "read_queries"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = [
+    "IdSet",
+    "Qrels",
+    "RetrievalData",
+    "count_documents",
+    "read_corpus",
+    "read_negatives",
+    "read_qrels",
+    "read_queries",
+]
+
+RECENT_IDS = 65_536  # identifiers that IdSet holds unsorted
 
 Qrels = dict[str, dict[str, int]]
 """Query id -> document id -> relevance (above 0 is relevant)."""
@@ -35,15 +52,22 @@ class RetrievalData:
     negatives: dict[str, list[str]] = field(default_factory=dict)
 
 
-def read_corpus(source: str | Path) -> Iterator[Document]:
+def read_corpus(source: str | Path, start: int = 0, stop: int | None = None) -> Iterator[Document]:
     """Yield the documents of a BEIR folder, a `.jsonl[.gz]` file or a Hub data set, one at a time.
+
+    Memory: 8 bytes a document.
+
+    Args:
+        source: The corpus.
+        start: Documents passed over at the beginning; they are not parsed.
+        stop: Number of the document to stop before; None for all.
 
     Raises:
         InputError: At the first line that is not a document, has an id for the second time, or holds no text;
             and at the end if there was no document.
     """
-    seen: set[str] = set()
-    for where, row in _rows(source, "corpus"):
+    seen = IdSet()
+    for where, row in _rows(source, "corpus", start, stop):
         document = Document(
             _text(row, "_id", where), _text(row, "title", where, default=""), _text(row, "text", where)
         )
@@ -51,10 +75,76 @@ def read_corpus(source: str | Path) -> Iterator[Document]:
             raise InputError(
                 f"{where}: the document {document.id!r} has neither title nor text. Remove the line."
             )
-        _refuse_duplicate(document.id, seen, where, "document")
+        if not seen.add(document.id) and _occurs(source, document.id, start, where):
+            raise InputError(
+                f"{where}: the document id {document.id!r} occurs a second time. Make the ids unique."
+            )
         yield document
-    if not seen:
+    if not len(seen) and not start:
         raise InputError(f"{source} holds no documents. Give a corpus with at least one document.")
+
+
+def count_documents(source: str | Path) -> int:
+    """Return the number of documents of a corpus; lines are counted, not parsed.
+
+    Raises:
+        InputError: If the source is not there, cannot be read, or is empty.
+    """
+    path = _table(source, "corpus")
+    if path is None:
+        count = sum(1 for _ in _hub_rows(str(source), "corpus", None))
+    else:
+        try:
+            with _open(path, "rb") as file:
+                count = sum(1 for line in file if line.strip())
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: unreadable ({error}). Write the file again.") from None
+    if not count:
+        raise InputError(f"{source} holds no documents. Give a corpus with at least one document.")
+    return count
+
+
+class IdSet:
+    """A set of identifiers by their 64-bit hashes, in 8 bytes each: sorted runs, merged as they grow.
+
+    Two identifiers may share a hash (among a hundred million, once in 4,000 corpora): `add` says that one is
+    perhaps known, and the caller looks.
+    """
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._runs: list[NDArray[np.uint64]] = []
+
+    def __len__(self) -> int:
+        return len(self._recent) + sum(map(len, self._runs))
+
+    def add(self, identifier: str) -> bool:
+        """Add an identifier and return True; return False if it is perhaps there already."""
+        key = int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little")
+        if key in self._recent or any(_holds(run, key) for run in self._runs):
+            return False
+        self._recent.add(key)
+        if len(self._recent) >= RECENT_IDS:
+            self._runs.append(np.sort(np.fromiter(self._recent, np.uint64, len(self._recent))))
+            self._recent.clear()
+            while len(self._runs) > 1 and 2 * len(self._runs[-1]) > len(self._runs[-2]):
+                self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]))]
+        return True
+
+
+def _holds(run: NDArray[np.uint64], key: int) -> bool:
+    row = int(np.searchsorted(run, np.uint64(key)))
+    return row < len(run) and int(run[row]) == key
+
+
+def _occurs(source: str | Path, identifier: str, start: int, before: str) -> bool:
+    """Whether a document of the corpus, before the place `before`, has an id."""
+    for where, row in _rows(source, "corpus", start):
+        if where == before:
+            return False
+        if str(row.get("_id")) == identifier:
+            return True
+    return False
 
 
 def read_queries(source: str | Path) -> dict[str, str]:
@@ -154,32 +244,46 @@ def _find(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _rows(source: str | Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, row) of a table of a folder, a file or a Hub data set."""
+def _rows(
+    source: str | Path, name: str, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) of a table of a folder, a file or a Hub data set, from row `start` to before `stop`."""
+    path = _table(source, name)
+    if path is None:
+        yield from _hub_rows(str(source), name, None, start, stop)
+    else:
+        yield from _json_lines(path, start, stop)
+
+
+def _table(source: str | Path, name: str) -> Path | None:
+    """Return the file of a table of a folder, or None for a Hub data set."""
     path = Path(source)
     if path.is_file():
-        yield from _json_lines(path)
-    elif path.is_dir() and not _is_datasets_folder(path):
-        if (found := _find(path, name)) is None:
-            raise InputError(
-                f"{path} has no {name}.jsonl or {name}.jsonl.gz. Give a folder in the BEIR layout."
-            )
-        yield from _json_lines(found)
-    else:
-        yield from _hub_rows(str(source), name, None)
+        return path
+    if not path.is_dir() or _is_datasets_folder(path):
+        return None
+    if (found := _find(path, name)) is None:
+        raise InputError(f"{path} has no {name}.jsonl or {name}.jsonl.gz. Give a folder in the BEIR layout.")
+    return found
 
 
-def _open(path: Path) -> TextIO:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+def _open(path: Path, mode: str = "rt") -> IO[Any]:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    return opener(path, mode, encoding=None if "b" in mode else "utf-8")  # type: ignore[no-any-return]
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    number = 0
+def _json_lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    number, rows = 0, 0
     try:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
+                rows += 1
+                if rows <= start:
+                    continue
+                if stop is not None and rows > stop:
+                    return
                 try:
                     row = json.loads(line)
                 except ValueError as error:
@@ -211,12 +315,6 @@ def _text(row: dict[str, Any], key: str, where: str, default: str | None = None)
             "Correct the line."
         )
     return value
-
-
-def _refuse_duplicate(identifier: str, seen: set[str], where: str, kind: str) -> None:
-    if identifier in seen:
-        raise InputError(f"{where}: the {kind} id {identifier!r} occurs a second time. Make the ids unique.")
-    seen.add(identifier)
 
 
 def _judgements(source: str | Path, split: str) -> Iterator[tuple[str, str, str, int]]:
@@ -269,8 +367,10 @@ def _is_datasets_folder(folder: Path) -> bool:
     return not beir and card.is_file() and "configs:" in card.read_text(encoding="utf-8")
 
 
-def _hub_rows(name: str, table: str, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a table of a Hub data set, as BeIR and MTEB lay them out.
+def _hub_rows(
+    name: str, table: str, split: str | None, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a table of a Hub data set, as BeIR and MTEB lay them out, from `start` to before `stop`.
 
     `corpus` and `queries` are configurations; judgements are the configuration `qrels` or `default`, or the
     data set NAME-qrels.
@@ -294,7 +394,10 @@ def _hub_rows(name: str, table: str, split: str | None) -> Iterator[tuple[str, d
         except (OSError, ValueError, KeyError) as error:
             reasons.append(f"{repository}[{config}]: {' '.join(str(error).split())[:120]}")
             continue
-        for number, row in enumerate(rows, start=1):
+        rows = rows.skip(start) if start else rows
+        for number, row in enumerate(rows, start=start + 1):
+            if stop is not None and number > stop:
+                return
             yield f"{repository}[{config}]:{number}", dict(row)
         return
     raise InputError(
