@@ -1,17 +1,32 @@
 """Codes -> FAISS -> answers. The only package that imports FAISS, and only when it is used."""
 
-from index.artifact import ExportReport, export_index
+from index.artifact import (
+    ExportEstimate,
+    ExportReport,
+    ShardReport,
+    estimate_export,
+    export_index,
+    export_shard,
+)
 from index.clustering import FaissFit
 from index.config import IndexConfig
+from index.encode import Shard
+from index.merge import merge_indexes
 from index.parity import ParityError, assert_parity
 from index.search import Searcher
 
 __all__ = [
+    "ExportEstimate",
     "ExportReport",
     "FaissFit",
     "IndexConfig",
     "ParityError",
     "Searcher",
+    "Shard",
+    "ShardReport",
     "assert_parity",
+    "estimate_export",
     "export_index",
+    "export_shard",
+    "merge_indexes",
 ]

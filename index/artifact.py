@@ -1,16 +1,23 @@
 """Model folder + corpus -> index folder, published only when FAISS agrees with the model.
 
 The folder: `index` (FAISS file) and `docid` (one id a line) as pyserini reads them, `index_infos.json` with
-autofaiss's keys, `encoder/` (the query tower), `documents.jsonl` with offsets (unless left out), `experiment.yaml`
-of the training, `manifest.json` with checksums.
+autofaiss's keys, `codes.u8` and `head/` (from which any other form can be built), `encoder/` (the query tower),
+`documents.jsonl` with offsets (unless left out), `sample.safetensors` (vectors for the proof of parity),
+`experiment.yaml` of the training, `manifest.json` with checksums. A shard folder is the same without `index`.
 """
 
 from __future__ import annotations
 
+import os
+import resource
+import shutil
+import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +27,28 @@ import torch
 from index._faiss import load_faiss
 from index.builders import FaissIndex, IndexBuilder, probing_all
 from index.config import IndexConfig
-from index.encode import EncodedCorpus, encode_corpus
+from index.encode import EncodedCorpus, Shard, encode_corpus
 from index.parity import assert_parity
-from retriever import Document, DualEncoder, Precision, model_fingerprint
-from retriever.folder import publish_folder, write_json
-from retriever.heads import CompressionHead, FaissExport
+from retriever import Document, DualEncoder, InputError, Precision, model_fingerprint
+from retriever.folder import publish_folder, refuse_existing, write_json
+from retriever.heads import CompressionHead, FlatVectors
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from numpy.typing import NDArray
+    from torch import Tensor
 
-__all__ = ["ExportReport", "export_index"]
+__all__ = [
+    "ExportEstimate",
+    "ExportReport",
+    "ShardReport",
+    "describe_index",
+    "estimate_export",
+    "export_index",
+    "export_shard",
+    "library_versions",
+    "write_index",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +64,109 @@ class ExportReport:
     parity: float  # largest difference between a FAISS score and the model's
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReport:
+    """Measurements of a shard; seconds are wall clock."""
+
+    ntotal: int
+    code_size: int  # bytes a document
+    embed_seconds: float
+    assign_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportEstimate:
+    """What an export will take, from encoding a few documents."""
+
+    documents: int
+    seconds: float  # of encoding, on this device, by one process
+    memory_bytes: (
+        int  # peak of the process that builds the index: the model, and the index as often as it is copied
+    )
+    code_bytes: int  # codes of all documents
+    text_bytes: int  # stored texts and their offsets, 0 without
+    index_bytes: int  # FAISS file
+    disk_bytes: int  # the folder, and the unfinished one that it grows from
+
+    def __str__(self) -> str:
+        gigabytes = {name: f"{getattr(self, name) / 1e9:,.3f} GB" for name in SIZES}
+        return (
+            f"{self.documents:,} documents: encoding takes {self.seconds / 3600:,.2f} hours "
+            f"({self.documents / self.seconds:,.0f} documents/s)\n"
+            f"  memory {gigabytes['memory_bytes']}, disk {gigabytes['disk_bytes']}: codes {gigabytes['code_bytes']}, "
+            f"texts {gigabytes['text_bytes']}, index {gigabytes['index_bytes']}"
+        )
+
+
+SIZES = ("memory_bytes", "disk_bytes", "code_bytes", "text_bytes", "index_bytes")
+
+
+def estimate_export(
+    model_folder: Path,
+    documents: Iterable[Document],
+    *,
+    total: int,
+    config: IndexConfig,
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+    device: str | None = None,
+    store_texts: bool = True,
+    sample: int = 512,
+) -> ExportEstimate:
+    """Encode the first documents and predict what the whole corpus takes; nothing is left on disk.
+
+    Args:
+        model_folder: See `export_index`, as the rest.
+        documents: The corpus; only its first documents are read.
+        total: Number of its documents.
+        config: Kind of the index.
+        batch_size: Documents a forward pass.
+        precision: Arithmetic of the tower.
+        device: torch device.
+        store_texts: Keep the texts.
+        sample: Documents to encode.
+    """
+    model = _load(model_folder, device)
+    export = model.head.export()
+    builder = config.builder(export)
+    some = list(islice(documents, sample))
+    options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "progress": False}
+    with tempfile.TemporaryDirectory() as folder:
+        encode_corpus(model, some[:64], Path(folder) / "warm", **options)
+        corpus = encode_corpus(model, some, Path(folder) / "part", store_texts=store_texts, **options)
+        sizes = {name: (corpus.folder / name).stat().st_size for name in corpus.files}
+        codes = np.fromfile(corpus.folder / "codes.u8", dtype=np.uint8).reshape(corpus.ntotal, -1)
+    texts = (sizes.get("documents.jsonl", 0) + sizes.get("documents.offsets", 0)) * total // corpus.ntotal
+    full, half = (
+        len(load_faiss().serialize_index(builder.build(export, part)))
+        for part in (codes, codes[: len(codes) // 2])
+    )
+    per_document = (full - half) / (len(codes) - len(codes) // 2) if len(codes) > 1 else full
+    index_bytes = int(full + per_document * (total - len(codes)))
+    code_bytes = total * model.head.code_size
+    ids = sizes["docid"] * total // corpus.ntotal
+    return ExportEstimate(
+        documents=total,
+        seconds=(corpus.embed_seconds + corpus.assign_seconds) * total / corpus.ntotal,
+        memory_bytes=resident_bytes() + 2 * index_bytes + 8 * total,
+        code_bytes=code_bytes,
+        text_bytes=texts,
+        index_bytes=index_bytes,
+        disk_bytes=index_bytes + code_bytes + texts + ids + folder_bytes(model_folder),
+    )
+
+
+def resident_bytes() -> int:
+    """Return the largest memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def export_index(
     model_folder: Path,
     documents: Iterable[Document],
@@ -57,91 +179,218 @@ def export_index(
     store_texts: bool = True,
     overwrite: bool = False,
     progress: bool = True,
+    total: int | None = None,
 ) -> ExportReport:
     """Encode a corpus with a trained model and publish its index folder.
+
+    Codes are written to `OUT.part` first; the same call goes on there after an interruption.
 
     Args:
         model_folder: What `endex train` wrote.
         documents: The corpus.
         out: Index folder to publish.
         config: Kind of the index.
-        batch_size: Documents a forward pass.
+        batch_size: Documents a forward pass; see `encode_corpus`.
         precision: Arithmetic of the tower.
         device: torch device; by default a GPU where there is one.
         store_texts: Keep the texts, so that search can show them.
         overwrite: Replace an existing folder once the new one is complete.
         progress: Show a bar.
+        total: Number of documents, for the bar.
 
     Raises:
         InputError: If the model or corpus is faulty, the kind does not fit the head, or `out` exists.
         ParityError: If FAISS's scores are not the model's.
     """
+    if not overwrite:
+        refuse_existing(out)
     fingerprint = model_fingerprint(model_folder)
-    model = DualEncoder.load(model_folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    export = model.head.export()
-    builder = config.builder(export)
+    model = _load(model_folder, device)
+    builder = config.builder(model.head.export())
+    corpus = encode_corpus(
+        model,
+        documents,
+        part_folder(out),
+        batch_size=batch_size,
+        precision=precision,
+        store_texts=store_texts,
+        progress=progress,
+        total=total,
+        description={"model": fingerprint, "precision": precision, "shard": None},
+    )
     about: dict[str, Any] = {"model": fingerprint, "versions": library_versions()}
     with publish_folder(out, "index", overwrite=overwrite, about=about) as folder:
-        corpus = encode_corpus(
-            model,
-            documents,
-            folder,
-            batch_size=batch_size,
-            precision=precision,
-            store_texts=store_texts,
-            progress=progress,
-        )
-        report = _write_index(folder, corpus, model.head, builder, export)
-        model.query_encoder.save(folder / "encoder")
-        experiment = model_folder / "experiment.yaml"
-        if experiment.is_file():
-            (folder / "experiment.yaml").write_bytes(experiment.read_bytes())
-        about.update(
-            ntotal=report.ntotal, dim=model.dim, code_size=report.code_size, index=type(builder).__name__
-        )
+        _take(corpus, folder)
+        _copy_model(model_folder, model, folder)
+        report = write_index(folder, model.head, builder, corpus.sample, corpus)
+        about.update(describe_index(report, model.head, builder))
+    shutil.rmtree(corpus.folder)
     return report
 
 
-def _write_index(
-    folder: Path, corpus: EncodedCorpus, head: CompressionHead, builder: IndexBuilder, export: FaissExport
+def export_shard(
+    model_folder: Path,
+    documents: Iterable[Document],
+    out: Path,
+    *,
+    shard: Shard,
+    total: int,
+    batch_size: int = 64,
+    precision: Precision = "fp32",
+    device: str | None = None,
+    store_texts: bool = True,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ShardReport:
+    """Encode a shard of a corpus and publish its folder, which `merge` joins with the others.
+
+    Args:
+        model_folder: What `endex train` wrote.
+        documents: The documents of this shard: rows `shard.rows(total)` of the corpus.
+        out: Shard folder to publish.
+        shard: Which part of the corpus.
+        total: Documents of the whole corpus.
+        batch_size: See `export_index`, as the rest.
+        precision: Arithmetic of the tower.
+        device: torch device.
+        store_texts: Keep the texts.
+        overwrite: Replace an existing folder once the new one is complete.
+        progress: Show a bar.
+
+    Raises:
+        InputError: If the model or corpus is faulty, the documents are not as many as the shard has, or `out` exists.
+    """
+    if not overwrite:
+        refuse_existing(out)
+    fingerprint = model_fingerprint(model_folder)
+    model = _load(model_folder, device)
+    start, stop = shard.rows(total)
+    place = {"shard": str(shard), "documents": total}
+    corpus = encode_corpus(
+        model,
+        documents,
+        part_folder(out),
+        batch_size=batch_size,
+        precision=precision,
+        store_texts=store_texts,
+        progress=progress,
+        total=stop - start,
+        description={"model": fingerprint, "precision": precision, **place},
+    )
+    if corpus.ntotal != stop - start:
+        raise InputError(
+            f"shard {shard} of {total} documents has rows {start} to {stop}, but {corpus.ntotal} documents came. "
+            "The corpus has changed: delete the shards and begin again."
+        )
+    about: dict[str, Any] = {"model": fingerprint, "versions": library_versions()}
+    about |= {**place, "precision": precision, "ntotal": corpus.ntotal, "code_size": model.head.code_size}
+    with publish_folder(out, "shard", overwrite=overwrite, about=about) as folder:
+        _take(corpus, folder)
+        if shard.number == 1:  # one of the shards brings the model
+            _copy_model(model_folder, model, folder)
+    shutil.rmtree(corpus.folder)
+    return ShardReport(
+        ntotal=corpus.ntotal,
+        code_size=model.head.code_size,
+        embed_seconds=corpus.embed_seconds,
+        assign_seconds=corpus.assign_seconds,
+    )
+
+
+def part_folder(out: Path) -> Path:
+    """Return where an unfinished encoding of `out` lies."""
+    return out.with_name(f"{out.name}.part")
+
+
+def _load(model_folder: Path, device: str | None) -> DualEncoder:
+    return DualEncoder.load(model_folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _take(corpus: EncodedCorpus, folder: Path) -> None:
+    """Put the files of an encoding into a folder, without a copy where the file system can."""
+    for name in (*corpus.files, "sample.safetensors"):
+        try:
+            os.link(corpus.folder / name, folder / name)
+        except OSError:
+            shutil.copyfile(corpus.folder / name, folder / name)
+
+
+def _copy_model(model_folder: Path, model: DualEncoder, folder: Path) -> None:
+    """Write what answers queries and reads codes: query tower, head, experiment."""
+    model.query_encoder.save(folder / "encoder")
+    shutil.copytree(model_folder / "head", folder / "head")
+    experiment = model_folder / "experiment.yaml"
+    if experiment.is_file():
+        shutil.copyfile(experiment, folder / "experiment.yaml")
+
+
+def write_index(
+    folder: Path,
+    head: CompressionHead,
+    builder: IndexBuilder,
+    sample: Float[Tensor, "s D"],
+    corpus: EncodedCorpus | None = None,
 ) -> ExportReport:
-    """Build from the codes on disk, prove parity, write `index` and `index_infos.json`."""
+    """Build from the codes in a folder, prove parity, write `index` and `index_infos.json`.
+
+    Codes stay beside the index, so that it can be merged, changed and built in another form without a model;
+    uncompressed vectors do not, for they are the index.
+
+    Args:
+        folder: Holds `codes.u8`.
+        head: The head that made them.
+        builder: Index family.
+        sample: Vectors to search with.
+        corpus: Measurements of the encoding, where there was one.
+    """
+    export = head.export()
     codes_path = folder / "codes.u8"
-    codes = np.memmap(codes_path, dtype=np.uint8, mode="r").reshape(corpus.ntotal, head.code_size)
+    codes = np.memmap(codes_path, dtype=np.uint8, mode="r").reshape(-1, head.code_size)
     start = time.perf_counter()
     built = builder.build(export, codes)
     build_seconds = time.perf_counter() - start
     with probing_all(built):
-        parity = assert_parity(built, head, codes, corpus.sample)
+        parity = assert_parity(built, head, codes, sample)
     load_faiss().write_index(built, str(folder / "index"))
-    del codes
-    codes_path.unlink()  # the FAISS file holds them
     report = ExportReport(
-        ntotal=corpus.ntotal,
+        ntotal=len(codes),
         code_size=head.code_size,
         index_bytes=(folder / "index").stat().st_size,
-        embed_seconds=corpus.embed_seconds,
-        assign_seconds=corpus.assign_seconds,
+        embed_seconds=corpus.embed_seconds if corpus else 0.0,
+        assign_seconds=corpus.assign_seconds if corpus else 0.0,
         build_seconds=build_seconds,
         parity=parity,
     )
-    write_json(folder / "index_infos.json", _infos(built, head, corpus, report))
+    del codes
+    if isinstance(export, FlatVectors):
+        codes_path.unlink()
+    write_json(folder / "index_infos.json", _infos(built, head, sample, report))
     return report
 
 
+def describe_index(report: ExportReport, head: CompressionHead, builder: IndexBuilder) -> dict[str, Any]:
+    """Return the entries of an index folder's manifest."""
+    return {
+        "ntotal": report.ntotal,
+        "dim": head.dim,
+        "code_size": report.code_size,
+        "index": type(builder).__name__,
+    }
+
+
 def _infos(
-    built: FaissIndex, head: CompressionHead, corpus: EncodedCorpus, report: ExportReport
+    built: FaissIndex, head: CompressionHead, vectors: Float[Tensor, "s D"], report: ExportReport
 ) -> dict[str, object]:
     """Return the report under autofaiss's keys (those that need no uncompressed copy of the corpus), and ours."""
-    queries: NDArray[np.float32] = corpus.sample[:100].numpy()
+    queries: NDArray[np.float32] = vectors[:100].numpy()
     milliseconds = []
     for row in range(len(queries)):
         start = time.perf_counter()
         built.search(queries[row : row + 1], min(40, report.ntotal))
         milliseconds.append(1000 * (time.perf_counter() - start))
     with torch.no_grad():
-        device = next(iter(head.state_dict().values()), corpus.sample).device
-        sample = corpus.sample.to(device)
+        device = next(iter(head.state_dict().values()), vectors).device
+        sample = vectors.to(device)
         error = (head.decode(head.encode(sample)) - sample).norm(dim=1) / sample.norm(dim=1)
     return {
         "size in bytes": report.index_bytes,

@@ -6,7 +6,7 @@ Shapes: B queries, D dimensions, k results.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from index._faiss import load_faiss
-from index.builders import inverted_file, search_index
+from index.builders import FaissIndex, inverted_file, search_index
+from index.filters import search_among, search_parameters
+from index.lines import Lines
 from retriever import Document, DualEncoder, Encoder, InputError, Precision, embed_queries, model_fingerprint
 from retriever.folder import check_folder
 from retriever.heads import NoCompressionConfig
@@ -30,17 +32,21 @@ class Searcher:
     """Searches an index folder.
 
     Args:
-        folder: What `endex export` wrote. Every file is checked against its manifest.
+        folder: What `endex export` wrote. It is checked against its manifest: the size of every file, and the
+            checksum of those up to 16 MiB.
         model: A model folder that must be the one the index was made with; its query tower is used instead of
             the copy in the index folder.
         nprobe: Inverted lists that a search probes; by default what the folder says.
+        verify: Compare the checksum of every file.
 
     Raises:
         InputError: If the folder is damaged or unfinished, or was made with another model, or has no lists to probe.
     """
 
-    def __init__(self, folder: Path, *, model: Path | None = None, nprobe: int | None = None) -> None:
-        manifest = check_folder(folder, "index")
+    def __init__(
+        self, folder: Path, *, model: Path | None = None, nprobe: int | None = None, verify: bool = False
+    ) -> None:
+        manifest = check_folder(folder, "index", full=verify)
         if model is not None and model_fingerprint(model) != manifest["model"]:
             raise InputError(
                 f"{folder} was made with another model than {model}: their scores have no common meaning. "
@@ -49,7 +55,7 @@ class Searcher:
         self.folder = folder
         self.manifest: dict[str, Any] = manifest
         self.faiss_index = load_faiss().read_index(str(folder / "index"))
-        self.document_ids = (folder / "docid").read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        self.document_ids = Lines(folder / "docid")
         if self.faiss_index.ntotal != len(self.document_ids):
             raise InputError(
                 f"{folder / 'docid'} names {len(self.document_ids)} documents, but the index holds "
@@ -59,6 +65,7 @@ class Searcher:
             self.probe(nprobe)
         self._model = DualEncoder.load(model) if model else self._embedded_model(folder / "encoder")
         self._offsets = self._read_offsets()
+        self._row_of: dict[str, int] | None = None
 
     @property
     def dim(self) -> int:
@@ -71,47 +78,84 @@ class Searcher:
         Raises:
             InputError: If the index has no lists, or fewer.
         """
-        lists = inverted_file(self.faiss_index)
-        if (
-            lists is None or not lists.quantizer.reconstruct_n(0, lists.nlist).any()
-        ):  # zero centroids: all are probed
-            raise InputError(
-                f"{self.folder} has no inverted lists: nprobe={nprobe} has no meaning. Leave it out."
-            )
-        if not 1 <= nprobe <= lists.nlist:
-            raise InputError(
-                f"nprobe must be between 1 and {lists.nlist}, the lists of the index; got {nprobe}."
-            )
-        lists.nprobe = nprobe
+        self._lists(nprobe).nprobe = nprobe
+
+    def embed(
+        self, queries: Sequence[str], *, precision: Precision = "fp32"
+    ) -> Float[NDArray[np.float32], "B D"]:
+        """Return the vectors of query texts."""
+        if not queries:
+            raise InputError("there is no query to search for. Give at least one.")
+        return embed_queries(self._model, queries, precision=precision).numpy()
 
     def search(
-        self, queries: Sequence[str], k: int = 10, *, precision: Precision = "fp32"
+        self,
+        queries: Sequence[str],
+        k: int = 10,
+        *,
+        precision: Precision = "fp32",
+        nprobe: int | None = None,
+        ids: Collection[str] | None = None,
     ) -> tuple[Float[NDArray[np.float32], "B k"], list[list[str]]]:
         """Return the k best documents of each query: scores (B, k) in falling order, and their ids.
 
-        A query whose probed lists hold fewer than k documents has fewer ids, and scores -inf in their place.
+        A query with fewer than k documents, in the lists that it probes or among `ids`, has fewer ids, and scores
+        -inf in their place. Arguments as in `search_vectors`.
         """
-        if not queries:
-            raise InputError("there is no query to search for. Give at least one.")
-        vectors = embed_queries(self._model, queries, precision=precision)
-        scores, rows = self.search_vectors(vectors.numpy(), k)
+        vectors = self.embed(queries, precision=precision)
+        scores, rows = self.search_vectors(vectors, k, nprobe=nprobe, ids=ids)
         return scores, [[self.document_ids[row] for row in result if row >= 0] for result in rows]
 
     def search_vectors(
-        self, vectors: Float[NDArray[np.float32], "B D"], k: int = 10
+        self,
+        vectors: Float[NDArray[np.float32], "B D"],
+        k: int = 10,
+        *,
+        nprobe: int | None = None,
+        ids: Collection[str] | None = None,
     ) -> tuple[Float[NDArray[np.float32], "B k"], Int[NDArray[np.int64], "B k"]]:
         """Return scores (B, k) and index rows (B, k) of the k best documents; k is cut at the corpus size.
 
-        Where the probed lists hold fewer documents, the rest are rows -1 with scores -inf.
+        Where there are fewer documents, the rest are rows -1 with scores -inf. Safe to call from several threads.
+
+        Args:
+            vectors: Query vectors.
+            k: Documents a query.
+            nprobe: Inverted lists probed by this search.
+            ids: Documents to choose from; by default all. An index with lists takes them from the lists it probes.
 
         Raises:
-            InputError: If k is not positive or the vectors are not of the index's dimension.
+            InputError: If k is not positive, the vectors are not of the index's dimension or not finite, an id is
+                unknown, or there are no lists to probe.
         """
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}.")
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise InputError(f"query vectors must have shape (B, {self.dim}), got {vectors.shape}.")
-        return search_index(self.faiss_index, vectors, min(k, len(self.document_ids)))
+        if not np.isfinite(vectors).all():
+            raise InputError("query vectors must be finite, got nan or inf. Check what computed them.")
+        if nprobe is not None:
+            self._lists(nprobe)
+        k = min(k, len(self.document_ids))
+        if ids is None:
+            parameters = None if nprobe is None else search_parameters(self.faiss_index, nprobe=nprobe)
+            return search_index(self.faiss_index, vectors, k, parameters)
+        return search_among(self.faiss_index, vectors, k, self.rows(ids), nprobe=nprobe)
+
+    def rows(self, ids: Collection[str]) -> Int[NDArray[np.int64], " n"]:
+        """Return the index rows of documents, ascending. The first call reads all ids into memory.
+
+        Raises:
+            InputError: If an id is unknown.
+        """
+        if self._row_of is None:
+            self._row_of = {name: row for row, name in enumerate(self.document_ids)}
+        try:
+            return np.unique(np.array([self._row_of[name] for name in ids], dtype=np.int64))
+        except KeyError as error:
+            raise InputError(
+                f"there is no document {error.args[0]!r} in {self.folder}. Correct the id."
+            ) from None
 
     def document(self, row: int) -> Document | None:
         """Return a stored document by index row; None if the folder was exported without texts."""
@@ -126,6 +170,21 @@ class Searcher:
         """Move the query tower to a device."""
         self._model.to(device)
         return self
+
+    def _lists(self, nprobe: int) -> FaissIndex:
+        """Return the inverted lists, so many of which can be probed."""
+        lists = inverted_file(self.faiss_index)
+        if lists is None or not any(  # zero centroids: all are probed
+            lists.quantizer.reconstruct(row).any() for row in range(lists.nlist)
+        ):
+            raise InputError(
+                f"{self.folder} has no inverted lists: nprobe={nprobe} has no meaning. Leave it out."
+            )
+        if not 1 <= nprobe <= lists.nlist:
+            raise InputError(
+                f"nprobe must be between 1 and {lists.nlist}, the lists of the index; got {nprobe}."
+            )
+        return lists
 
     def _embedded_model(self, folder: Path) -> DualEncoder:
         encoder = Encoder.load(folder)

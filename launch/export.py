@@ -1,29 +1,52 @@
-"""`endex export MODEL CORPUS --out DIR`."""
+"""`endex export MODEL CORPUS --out DIR [--shard I/N] [--dry_run]`."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from index import IndexConfig, export_index
+from index import (
+    ExportReport,
+    IndexConfig,
+    Shard,
+    ShardReport,
+    estimate_export,
+    export_index,
+    export_shard,
+    merge_indexes,
+)
 from launch.arguments import parse, verb_parser
 from retriever import Precision, read_corpus
+from retriever.beir import count_documents
+from retriever.folder import refuse_existing
 
-__all__ = ["run"]
+__all__ = ["describe_report", "run"]
 
 
 def run(words: list[str]) -> int:
-    """Encode a corpus and publish an index folder."""
+    """Encode a corpus, or a shard of it, and publish an index or shard folder."""
     parser = verb_parser(
-        "export", "Encode a corpus to codes with a trained model and put them into FAISS as they are."
+        "export",
+        "Encode a corpus to codes with a trained model and put them into FAISS as they are. Started by accelerate or "
+        "torchrun, every process encodes a shard, and the first one merges them. A stopped export goes on where it "
+        "was when it is called again.",
     )
     parser.add_argument("model", type=str, help="Model folder (best/ or last/ of a run).")
     parser.add_argument(
         "corpus", type=str, help="Folder in the BEIR layout, corpus.jsonl[.gz], or a Hub data set."
     )
-    parser.add_argument("--out", type=str, required=True, help="Index folder to write.")
+    parser.add_argument("--out", type=str, required=True, help="Index (or shard) folder to write.")
     parser.add_class_arguments(IndexConfig, "index")
+    parser.add_argument(
+        "--shard",
+        type=str | None,
+        default=None,
+        help="I/N: encode only part I of N; join the parts with endex merge.",
+    )
     parser.add_argument("--batch_size", type=int, default=64, help="Documents a forward pass.")
     parser.add_argument("--precision", type=Precision, default="fp32", help="Arithmetic of the tower.")
     parser.add_argument(
@@ -32,28 +55,99 @@ def run(words: list[str]) -> int:
     parser.add_argument(
         "--store_texts", type=bool, default=True, help="Keep the texts, so that search shows them."
     )
-    parser.add_argument("--overwrite", action="store_true", help="Replace an existing index folder.")
-    options = parse(parser, words)
-    report = export_index(
-        Path(options.model),
-        read_corpus(options.corpus),
-        Path(options.out),
-        config=options.index,
-        batch_size=options.batch_size,
-        precision=options.precision,
-        device=options.device,
-        store_texts=options.store_texts,
-        overwrite=options.overwrite,
-        progress=not options.json,
+    parser.add_argument("--overwrite", action="store_true", help="Replace an existing folder.")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="Encode a few documents and predict time, memory and disk."
     )
+    options = parse(parser, words)
+    model, out = Path(options.model), Path(options.out)
+    shard = Shard.parse(options.shard) if options.shard else None
+    encoding = {
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+        "device": options.device,
+        "store_texts": options.store_texts,
+        "overwrite": options.overwrite,
+        "progress": not options.json,
+    }
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if options.dry_run:
+        total = count_documents(options.corpus)
+        estimate = estimate_export(
+            model,
+            read_corpus(options.corpus),
+            total=total,
+            config=options.index,
+            **{name: encoding[name] for name in ("batch_size", "precision", "device", "store_texts")},
+        )
+        print(json.dumps(asdict(estimate)) if options.json else estimate)
+    elif shard:
+        print(_report(options, _export_shard(options, model, out, shard, encoding)))
+    elif processes > 1:
+        report = _export_on_all(options, model, out, processes, encoding)
+        if report:
+            print(_report(options, report))
+    else:
+        report = export_index(
+            model,
+            read_corpus(options.corpus),
+            out,
+            config=options.index,
+            total=count_documents(options.corpus),
+            **encoding,
+        )
+        print(_report(options, report))
+    return 0
+
+
+def _export_shard(
+    options: Any, model: Path, out: Path, shard: Shard, encoding: dict[str, Any]
+) -> ShardReport:
+    total = count_documents(options.corpus)
+    documents = read_corpus(options.corpus, *shard.rows(total))
+    return export_shard(model, documents, out, shard=shard, total=total, **encoding)
+
+
+def _export_on_all(
+    options: Any, model: Path, out: Path, processes: int, encoding: dict[str, Any]
+) -> ExportReport | None:
+    """Encode a shard in every process of an accelerate or torchrun program; the first one merges."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    if not options.overwrite:
+        refuse_existing(out)
+    shards = out.with_name(f"{out.name}.shards")
+    own = Shard(state.process_index + 1, processes)
+    folder = shards / f"{own.number}-of-{own.count}"
+    encoding = {**encoding, "progress": encoding["progress"] and state.is_main_process}
+    encoding["device"] = encoding["device"] or str(state.device)
+    if not (folder / "manifest.json").is_file():  # an earlier call may have finished it
+        _export_shard(options, model, folder, own, {**encoding, "overwrite": True})
+    state.wait_for_everyone()
+    report = None
+    if state.is_main_process:
+        folders = [shards / f"{number}-of-{processes}" for number in range(1, processes + 1)]
+        report = merge_indexes(folders, out, config=options.index, overwrite=options.overwrite)
+        shutil.rmtree(shards)
+    state.wait_for_everyone()
+    return report
+
+
+def _report(options: Any, report: ExportReport | ShardReport) -> str:
     if options.json:
-        print(json.dumps({"out": options.out, **asdict(report)}))
-        return 0
-    print(
-        f"{options.out}: {report.ntotal:,} documents, {report.code_size} bytes each, index file "
+        return json.dumps({"out": options.out, **asdict(report)})
+    return describe_report(options.out, report)
+
+
+def describe_report(out: str, report: ExportReport | ShardReport) -> str:
+    """Return what was written, for reading."""
+    seconds = f"texts to vectors {report.embed_seconds:.2f} s, vectors to codes {report.assign_seconds:.3f} s"
+    if isinstance(report, ShardReport):
+        return f"{out}: {report.ntotal:,} documents, {report.code_size} bytes each\n  {seconds}"
+    return (
+        f"{out}: {report.ntotal:,} documents, {report.code_size} bytes each, index file "
         f"{report.index_bytes:,} bytes\n"
-        f"  texts to vectors {report.embed_seconds:.2f} s, vectors to codes {report.assign_seconds:.3f} s, "
-        f"codes into FAISS {report.build_seconds:.4f} s\n"
+        f"  {seconds}, codes into FAISS {report.build_seconds:.4f} s\n"
         f"  FAISS scores = model scores within {report.parity:.1e}"
     )
-    return 0

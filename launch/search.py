@@ -31,12 +31,16 @@ def run(words: list[str]) -> int:
     parser.add_argument(
         "--nprobe", type=int | None, default=None, help="Inverted lists probed; by default the index's own."
     )
+    parser.add_argument("--verify", action="store_true", help="Compare the checksum of every file first.")
     parser.add_argument("--precision", type=Precision, default="fp32", help="Arithmetic of the tower.")
     options = parse(parser, words)
     if (options.query is None) == (options.queries is None):
         raise InputError("give either --query TEXT or --queries FILE.")
     searcher = Searcher(
-        Path(options.index), model=Path(options.model) if options.model else None, nprobe=options.nprobe
+        Path(options.index),
+        model=Path(options.model) if options.model else None,
+        nprobe=options.nprobe,
+        verify=options.verify,
     )
     queries = {"query": options.query} if options.query is not None else read_queries(options.queries)
     scores, ids = searcher.search(list(queries.values()), options.k, precision=options.precision)

@@ -66,7 +66,7 @@ def read_corpus(source: str | Path, start: int = 0, stop: int | None = None) -> 
         InputError: At the first line that is not a document, has an id for the second time, or holds no text;
             and at the end if there was no document.
     """
-    seen = IdSet()
+    seen, empty = IdSet(), True
     for where, row in _rows(source, "corpus", start, stop):
         document = Document(
             _text(row, "_id", where), _text(row, "title", where, default=""), _text(row, "text", where)
@@ -79,8 +79,9 @@ def read_corpus(source: str | Path, start: int = 0, stop: int | None = None) -> 
             raise InputError(
                 f"{where}: the document id {document.id!r} occurs a second time. Make the ids unique."
             )
+        empty = False
         yield document
-    if not len(seen) and not start:
+    if empty and not start:
         raise InputError(f"{source} holds no documents. Give a corpus with at least one document.")
 
 

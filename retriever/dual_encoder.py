@@ -272,7 +272,7 @@ def length_groups(mask: Int[Tensor, "N L"], *, groups: int = 4, fewest: int = 8)
 
 def model_fingerprint(folder: Path) -> str:
     """Return a SHA-256 over the checksums of towers and head: equal for copies of one model, else different."""
-    files = check_folder(folder, "model")["files"]
+    files = check_folder(folder, "model", full=False)["files"]
     relevant = sorted((name, entry["sha256"]) for name, entry in files.items() if name != "experiment.yaml")
     return hashlib.sha256(repr(relevant).encode()).hexdigest()
 

@@ -255,9 +255,12 @@ def test_folder_is_opened_as_pyserini_does(
     assert [[ids[row] for row in result] for result in rows] == Searcher(index_folder).search(queries, 5)[1]
 
 
-def test_folder_holds_no_copy_of_the_codes_beside_the_index(index_folder: Path) -> None:
+def test_folder_holds_what_the_index_can_be_built_again_from(index_folder: Path) -> None:
     assert {path.name for path in index_folder.iterdir()} == {
+        "codes.u8",
+        "head",
         "index",
+        "sample.safetensors",
         "docid",
         "index_infos.json",
         "encoder",
@@ -322,7 +325,7 @@ def test_corpus_encoded_in_several_chunks_gives_the_same_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("index.encode.CHUNK", 32)
+    monkeypatch.setattr("index.encode.BLOCK", 32)
     export(model_folder, documents, tmp_path / "index")
     for name in ("docid", "documents.jsonl", "documents.offsets"):
         assert (tmp_path / "index" / name).read_bytes() == (index_folder / name).read_bytes()
@@ -336,7 +339,7 @@ def test_corpus_encoded_in_several_chunks_gives_the_same_results(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("index.encode.CHUNK", 32)
+    monkeypatch.setattr("index.encode.BLOCK", 32)
     export(model_folder, documents, tmp_path / "index")
     scores, _ = Searcher(tmp_path / "index").search(queries)
     np.testing.assert_allclose(scores, Searcher(index_folder).search(queries)[0], rtol=0, atol=1e-5)
@@ -454,7 +457,7 @@ def test_overwritten_folder_holds_the_new_corpus_only(
 ) -> None:
     export(model_folder, documents[:20], copied, overwrite=True, store_texts=False)
     searcher = Searcher(copied)
-    assert searcher.document_ids == [document.id for document in documents[:20]]
+    assert list(searcher.document_ids) == [document.id for document in documents[:20]]
     assert searcher.document(0) is None
 
 

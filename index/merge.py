@@ -1,0 +1,224 @@
+"""Shards and indexes of one model -> one index, by concatenation of their codes.
+
+Nothing is encoded, trained or assigned again: the result is byte for byte the index of one export of the documents in
+that order. Adding documents is merging an index with a shard of the new ones; taking some out, or choosing another
+form of index, is merging an index by itself. Memory: the FAISS index, and 24 bytes a document while ids are compared.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from index.artifact import ExportReport, describe_index, library_versions, write_index
+from index.config import IndexConfig
+from index.encode import BLOCK, SAMPLE, Shard
+from index.lines import Lines
+from retriever import InputError
+from retriever.dual_encoder import load_head
+from retriever.folder import check_folder, publish_folder, read_manifest
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+    from numpy.typing import NDArray
+
+__all__ = ["merge_indexes"]
+
+
+@dataclass(slots=True)
+class _Source:
+    """A folder of codes and the rows that are kept of it."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    ids: Lines
+    keep: Bool[NDArray[np.bool_], " n"]
+
+    @property
+    def shard(self) -> Shard | None:
+        stored = self.manifest.get("shard")
+        return Shard.parse(stored) if stored else None
+
+    def has(self, name: str) -> bool:
+        return (self.folder / name).exists()
+
+
+def merge_indexes(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    config: IndexConfig | None = None,
+    remove: Collection[str] = (),
+    update: bool = False,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Join folders of one model into an index folder.
+
+    Args:
+        folders: Index and shard folders, in the order of their documents; the shards of a corpus in any order, but all.
+        out: Index folder to publish.
+        config: Kind of the index.
+        remove: Ids of documents to leave out.
+        update: Where an id occurs again, keep the last document instead of refusing.
+        overwrite: Replace an existing folder once the new one is complete; it may be one of `folders`.
+
+    Raises:
+        InputError: If a folder is damaged, they are of different models, a shard is missing or comes twice, an id
+            occurs twice, or one to remove does not occur.
+    """
+    sources = _open(folders)
+    head_folder = next((s.folder for s in sources if s.has("head")), None)
+    if head_folder is None:
+        raise InputError(
+            f"none of {', '.join(map(str, folders))} holds the model. Add shard 1 of N or an index of it."
+        )
+    head = load_head(head_folder / "head")
+    builder = (config or IndexConfig()).builder(head.export())
+    _remove(sources, remove)
+    _resolve_duplicates(sources, update)
+    if not any(source.keep.any() for source in sources):
+        raise InputError("no document is left. Remove fewer.")
+    about: dict[str, Any] = {"model": sources[0].manifest["model"], "versions": library_versions()}
+    with publish_folder(out, "index", overwrite=overwrite, about=about) as folder:
+        _join(sources, folder, head.code_size)
+        for name in ("encoder", "head"):
+            shutil.copytree(head_folder / name, folder / name)
+        if (head_folder / "experiment.yaml").is_file():
+            shutil.copyfile(head_folder / "experiment.yaml", folder / "experiment.yaml")
+        sample = torch.cat([load_file(s.folder / "sample.safetensors")["sample"] for s in sources])[:SAMPLE]
+        save_file({"sample": sample.contiguous()}, folder / "sample.safetensors")
+        report = write_index(folder, head, builder, sample)
+        about.update(describe_index(report, head, builder))
+    return report
+
+
+def _open(folders: Sequence[Path]) -> list[_Source]:
+    """Return the sources, checked against each other, shards in their order."""
+    if not folders:
+        raise InputError("there is nothing to merge. Give at least one index or shard folder.")
+    sources = []
+    for folder in folders:
+        kind = read_manifest(folder, "index", "shard")["kind"]
+        manifest = check_folder(folder, kind)
+        if not (folder / "codes.u8").is_file():
+            raise InputError(f"{folder} holds no codes, so it cannot be merged. Export its corpus again.")
+        ids = Lines(folder / "docid")
+        sources.append(_Source(folder, manifest, ids, np.ones(len(ids), dtype=bool)))
+    first = sources[0]
+    for source in sources[1:]:
+        if source.manifest["model"] != first.manifest["model"]:
+            raise InputError(
+                f"{source.folder} was made with another model than {first.folder}: their codes have no common "
+                "meaning. Export both with one model."
+            )
+        if source.has("documents.jsonl") != first.has("documents.jsonl"):
+            raise InputError(
+                f"only one of {source.folder} and {first.folder} stores texts. Export both with the same "
+                "--store_texts."
+            )
+    _check_shards([source for source in sources if source.shard])
+    places = [position for position, source in enumerate(sources) if source.shard]
+    ordered = sorted(
+        (sources[place] for place in places), key=lambda source: source.shard.number if source.shard else 0
+    )
+    for place, source in zip(places, ordered, strict=True):
+        sources[place] = source
+    return sources
+
+
+def _check_shards(shards: Sequence[_Source]) -> None:
+    """Refuse an incomplete set of shards."""
+    if not shards:
+        return
+    sets = {(source.shard.count, source.manifest["documents"]) for source in shards if source.shard}
+    if len(sets) > 1:
+        stated = " and ".join(f"1/{count} of {documents} documents" for count, documents in sorted(sets))
+        raise InputError(
+            f"the shards are of different sets: {stated}. Merge each set by itself, then the indexes."
+        )
+    count = sets.pop()[0]
+    numbers = [source.shard.number for source in shards if source.shard]
+    twice = next((number for number in numbers if numbers.count(number) > 1), None)
+    if twice:
+        raise InputError(f"shard {twice}/{count} comes twice. Give every shard once.")
+    if missing := sorted(set(range(1, count + 1)) - set(numbers)):
+        raise InputError(
+            f"shard {missing[0]}/{count} is missing ({len(missing)} of {count} are). Encode it: endex export ... "
+            f"--shard {missing[0]}/{count}."
+        )
+
+
+def _remove(sources: Sequence[_Source], remove: Collection[str]) -> None:
+    if not remove:
+        return
+    wanted = set(remove)
+    found: set[str] = set()
+    for source in sources:
+        for row, name in enumerate(source.ids):
+            if name in wanted:
+                source.keep[row] = False
+                found.add(name)
+    if unknown := sorted(wanted - found):
+        raise InputError(
+            f"{len(unknown)} ids to remove are not there, for example {unknown[0]!r}. Correct the list."
+        )
+
+
+def _resolve_duplicates(sources: Sequence[_Source], update: bool) -> None:
+    """Keep the last document of each id, or refuse."""
+    hashes = np.concatenate([source.ids.hashes() for source in sources])
+    first_rows = np.cumsum([0, *(len(source.ids) for source in sources)])
+
+    def locate(row: int) -> tuple[_Source, int]:
+        number = int(np.searchsorted(first_rows, row, side="right")) - 1
+        return sources[number], row - int(first_rows[number])
+
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    del hashes
+    for place in np.flatnonzero(ordered[1:] == ordered[:-1]):
+        earlier, later = locate(int(order[place])), locate(int(order[place + 1]))
+        name = later[0].ids[later[1]]
+        kept = earlier[0].keep[earlier[1]] and later[0].keep[later[1]]
+        if earlier[0].ids[earlier[1]] != name or not kept:  # unequal ids of one hash, or one is removed
+            continue
+        if not update:
+            raise InputError(
+                f"the document id {name!r} is in {earlier[0].folder} and in {later[0].folder}. Remove one, or let the "
+                "later one replace the earlier with --update."
+            )
+        earlier[0].keep[earlier[1]] = False
+
+
+def _join(sources: Sequence[_Source], folder: Path, code_size: int) -> None:
+    """Write codes, ids and texts of the kept rows, block by block."""
+    texts = sources[0].has("documents.jsonl")
+    with (
+        (folder / "codes.u8").open("wb") as codes_file,
+        (folder / "docid").open("wb") as ids_file,
+    ):
+        for source in sources:
+            codes = np.memmap(source.folder / "codes.u8", dtype=np.uint8, mode="r").reshape(-1, code_size)
+            for start in range(0, len(codes), BLOCK):
+                rows = np.flatnonzero(source.keep[start : start + BLOCK]) + start
+                codes_file.write(codes[rows].tobytes())
+                ids_file.writelines(f"{source.ids[int(row)]}\n".encode() for row in rows)
+    if not texts:
+        return
+    with (
+        (folder / "documents.jsonl").open("wb") as lines_file,
+        (folder / "documents.offsets").open("wb") as offsets_file,
+    ):
+        for source in sources:
+            with (source.folder / "documents.jsonl").open("rb") as lines:
+                for keep, line in zip(source.keep, lines, strict=True):
+                    if keep:
+                        offsets_file.write(lines_file.tell().to_bytes(8, "little"))
+                        lines_file.write(line)
