@@ -10,7 +10,7 @@ from index.artifact import (
 )
 from index.clustering import FaissFit
 from index.config import IndexConfig
-from index.encode import Shard
+from index.encode import Shard, count_blocks
 from index.merge import merge_indexes
 from index.parity import ParityError, assert_parity
 from index.search import Searcher
@@ -25,6 +25,7 @@ __all__ = [
     "Shard",
     "ShardReport",
     "assert_parity",
+    "count_blocks",
     "estimate_export",
     "export_index",
     "export_shard",

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-__all__ = ["EncodedCorpus", "Shard", "encode_corpus", "store_documents"]
+__all__ = ["EncodedCorpus", "Shard", "count_blocks", "encode_corpus"]
 
 BLOCK = 4096  # documents sorted by length and encoded together
 SAMPLE = 256  # vectors kept for the parity check and the reconstruction error
@@ -73,7 +73,7 @@ class Shard:
         Raises:
             InputError: If there are more shards than blocks.
         """
-        blocks = -(-total // BLOCK)
+        blocks = count_blocks(total)
         if self.count > blocks:
             raise InputError(
                 f"{total} documents make {blocks} blocks of {BLOCK}, too few for {self.count} shards. "
@@ -84,6 +84,11 @@ class Shard:
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
+
+
+def count_blocks(total: int) -> int:
+    """Return the blocks of `total` documents: as many shards are possible."""
+    return -(-total // BLOCK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +170,7 @@ def encode_corpus(
                 state["embed_seconds"] += embedded - start
                 files["docid"].writelines(f"{document.id}\n".encode() for document in block)
                 if store_texts:
-                    store_documents(block, files["documents.jsonl"], files["documents.offsets"])
+                    _store(block, files["documents.jsonl"], files["documents.offsets"])
                 if not state["rows"]:
                     save_file({"sample": vectors[:SAMPLE].contiguous()}, folder / "sample.safetensors")
                 state["rows"] += len(block)
@@ -183,7 +188,7 @@ def encode_corpus(
     )
 
 
-def store_documents(documents: Iterable[Document], lines: Any, offsets: Any) -> None:
+def _store(documents: Iterable[Document], lines: Any, offsets: Any) -> None:
     """Append documents as JSON lines, and the byte offset of every line as little-endian uint64."""
     position = lines.tell()
     for document in documents:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from index import (
     ExportReport,
     IndexConfig,
     Shard,
     ShardReport,
+    count_blocks,
     estimate_export,
     export_index,
     export_shard,
@@ -22,7 +26,7 @@ from index import (
 from launch.arguments import parse, verb_parser
 from retriever import Precision, read_corpus
 from retriever.beir import count_documents
-from retriever.folder import refuse_existing
+from retriever.folder import MANIFEST, refuse_existing
 
 __all__ = ["describe_report", "run"]
 
@@ -70,7 +74,6 @@ def run(words: list[str]) -> int:
         "overwrite": options.overwrite,
         "progress": not options.json,
     }
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if options.dry_run:
         total = count_documents(options.corpus)
         estimate = estimate_export(
@@ -82,9 +85,10 @@ def run(words: list[str]) -> int:
         )
         print(json.dumps(asdict(estimate)) if options.json else estimate)
     elif shard:
-        print(_report(options, _export_shard(options, model, out, shard, encoding)))
-    elif processes > 1:
-        report = _export_on_all(options, model, out, processes, encoding)
+        total = count_documents(options.corpus)
+        print(_report(options, _export_shard(options, model, out, shard, total, encoding)))
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        report = _export_on_all(options, model, out, encoding)
         if report:
             print(_report(options, report))
     else:
@@ -101,37 +105,43 @@ def run(words: list[str]) -> int:
 
 
 def _export_shard(
-    options: Any, model: Path, out: Path, shard: Shard, encoding: dict[str, Any]
+    options: Any, model: Path, out: Path, shard: Shard, total: int, encoding: dict[str, Any]
 ) -> ShardReport:
-    total = count_documents(options.corpus)
     documents = read_corpus(options.corpus, *shard.rows(total))
     return export_shard(model, documents, out, shard=shard, total=total, **encoding)
 
 
-def _export_on_all(
-    options: Any, model: Path, out: Path, processes: int, encoding: dict[str, Any]
-) -> ExportReport | None:
-    """Encode a shard in every process of an accelerate or torchrun program; the first one merges."""
-    from accelerate import PartialState
+def _export_on_all(options: Any, model: Path, out: Path, encoding: dict[str, Any]) -> ExportReport | None:
+    """Encode a shard in every process of an accelerate or torchrun program; the first one waits for all and merges.
 
-    state = PartialState()
+    No collective is called, so none can time out where one machine is slower than another. A process that fails
+    ends the others by its launcher.
+    """
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if not options.overwrite:
         refuse_existing(out)
-    shards = out.with_name(f"{out.name}.shards")
-    own = Shard(state.process_index + 1, processes)
-    folder = shards / f"{own.number}-of-{own.count}"
-    encoding = {**encoding, "progress": encoding["progress"] and state.is_main_process}
-    encoding["device"] = encoding["device"] or str(state.device)
-    if not (folder / "manifest.json").is_file():  # an earlier call may have finished it
-        _export_shard(options, model, folder, own, {**encoding, "overwrite": True})
-    state.wait_for_everyone()
-    report = None
-    if state.is_main_process:
-        folders = [shards / f"{number}-of-{processes}" for number in range(1, processes + 1)]
-        report = merge_indexes(folders, out, config=options.index, overwrite=options.overwrite)
-        shutil.rmtree(shards)
-    state.wait_for_everyone()
+    total = count_documents(options.corpus)
+    folders = shard_folders(out, min(processes, count_blocks(total)))
+    if (
+        rank < len(folders) and not (folders[rank] / MANIFEST).is_file()
+    ):  # an earlier call may have finished it
+        encoding = {**encoding, "overwrite": True, "progress": encoding["progress"] and rank == 0}
+        if encoding["device"] is None and torch.cuda.is_available():
+            encoding["device"] = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+        shard = Shard(rank + 1, len(folders))
+        _export_shard(options, model, folders[rank], shard, total, encoding)
+    if rank:
+        return None
+    while not all((folder / MANIFEST).is_file() for folder in folders):
+        time.sleep(0.2)
+    report = merge_indexes(folders, out, config=options.index, overwrite=options.overwrite)
+    shutil.rmtree(folders[0].parent)
     return report
+
+
+def shard_folders(out: Path, count: int) -> list[Path]:
+    """Return where the processes of one export write their shards."""
+    return [out.with_name(f"{out.name}.shards") / f"{number}-of-{count}" for number in range(1, count + 1)]
 
 
 def _report(options: Any, report: ExportReport | ShardReport) -> str:
