@@ -14,6 +14,7 @@ from retriever.dual_encoder import DualEncoder, DualEncoderConfig, Embeddings, m
 from retriever.encoder import Encoder, EncoderSettings
 from retriever.errors import InputError
 from retriever.inference import Precision, embed_documents, embed_queries
+from retriever.static import static_encoder
 
 __version__ = "0.1.0"
 
@@ -40,4 +41,5 @@ __all__ = [
     "read_negatives",
     "read_qrels",
     "read_queries",
+    "static_encoder",
 ]
