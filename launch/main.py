@@ -15,8 +15,11 @@ __all__ = ["VERBS", "main"]
 VERBS = {  # verb -> (module, what it does)
     "train": ("launch.train", "train towers and head on text pairs; write a model folder"),
     "export": ("launch.export", "encode a corpus to codes and put them into a FAISS index folder"),
+    "merge": ("launch.merge", "join shards and indexes of one model; add, remove or replace documents"),
+    "convert": ("launch.convert", "write an index for another engine: bundle, npy, parquet or Lance"),
     "search": ("launch.search", "search an index folder; print hits or write a TREC run"),
     "evaluate": ("launch.evaluate", "nDCG, MRR and recall of an index or a model on judged queries"),
+    "serve": ("launch.serve", "answer queries over HTTP, with a search page"),
     "data": ("launch.data", "build a data folder from what is on this machine"),
     "env": ("launch.env", "say which torch, CUDA and FAISS are here and whether they fit together"),
 }
