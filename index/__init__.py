@@ -11,15 +11,19 @@ from index.artifact import (
 from index.clustering import FaissFit
 from index.config import IndexConfig
 from index.encode import Shard, count_blocks
+from index.gpu import GpuPlan, IndexShape, plan_gpu, to_gpu
 from index.merge import merge_indexes
-from index.parity import ParityError, assert_parity
+from index.parity import Parity, ParityError, assert_parity, prove_parity
 from index.search import Searcher
 
 __all__ = [
     "ExportEstimate",
     "ExportReport",
     "FaissFit",
+    "GpuPlan",
     "IndexConfig",
+    "IndexShape",
+    "Parity",
     "ParityError",
     "Searcher",
     "Shard",
@@ -30,4 +34,7 @@ __all__ = [
     "export_index",
     "export_shard",
     "merge_indexes",
+    "plan_gpu",
+    "prove_parity",
+    "to_gpu",
 ]

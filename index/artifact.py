@@ -28,10 +28,10 @@ from index._faiss import load_faiss
 from index.builders import FaissIndex, IndexBuilder, probing_all
 from index.config import IndexConfig
 from index.encode import EncodedCorpus, Shard, encode_corpus
-from index.parity import assert_parity
+from index.parity import prove_parity
 from retriever import Document, DualEncoder, InputError, Precision, model_fingerprint
 from retriever.folder import publish_folder, refuse_existing, write_json
-from retriever.heads import CompressionHead, FlatVectors
+from retriever.heads import CompressionHead
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -62,6 +62,7 @@ class ExportReport:
     assign_seconds: float
     build_seconds: float  # copying codebooks and codes into FAISS
     parity: float  # largest difference between a FAISS score and the model's
+    overlap: float  # share of the model's 20 best documents among FAISS's, 1 for an exact form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,7 +335,7 @@ def write_index(
     """Build from the codes in a folder, prove parity, write `index` and `index_infos.json`.
 
     Codes stay beside the index, so that it can be merged, changed and built in another form without a model;
-    uncompressed vectors do not, for they are the index.
+    those of kind "flat" do not, for they are the index.
 
     Args:
         folder: Holds `codes.u8`.
@@ -350,7 +351,7 @@ def write_index(
     built = builder.build(export, codes)
     build_seconds = time.perf_counter() - start
     with probing_all(built):
-        parity = assert_parity(built, head, codes, sample)
+        proof = prove_parity(builder, built, head, codes, sample)
     load_faiss().write_index(built, str(folder / "index"))
     report = ExportReport(
         ntotal=len(codes),
@@ -359,10 +360,11 @@ def write_index(
         embed_seconds=corpus.embed_seconds if corpus else 0.0,
         assign_seconds=corpus.assign_seconds if corpus else 0.0,
         build_seconds=build_seconds,
-        parity=parity,
+        parity=proof.difference,
+        overlap=proof.overlap,
     )
     del codes
-    if isinstance(export, FlatVectors):
+    if builder.kind == "flat":
         codes_path.unlink()
     write_json(folder / "index_infos.json", _infos(built, head, sample, report))
     return report
@@ -405,6 +407,7 @@ def _infos(
         "assign_seconds": report.assign_seconds,
         "build_seconds": report.build_seconds,
         "parity": report.parity,
+        "overlap@20": report.overlap,
     }
 
 

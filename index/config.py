@@ -7,36 +7,85 @@ from typing import Literal, get_args
 
 from index.builders import BUILDERS, IndexBuilder
 from retriever import InputError
-from retriever.heads import CoarseProductCodebooks, FaissExport, FlatVectors
+from retriever.heads import (
+    AdditiveCodebooks,
+    CoarseAdditiveCodebooks,
+    CoarseProductCodebooks,
+    FaissExport,
+    FlatVectors,
+    ProductCodebooks,
+)
 
 __all__ = ["IndexConfig"]
 
-Kind = Literal["auto", "flat", "pq", "ivfpq"]
+Kind = Literal[
+    "auto",
+    "flat",
+    "sq8",
+    "sq4",
+    "hnsw",
+    "hnsw_sq8",
+    "pq",
+    "pq_fastscan",
+    "ivfpq",
+    "ivfpq_fastscan",
+    "rq",
+    "rq_fastscan",
+    "ivfrq",
+    "ivfrq_fastscan",
+]
+
+AUTO = {
+    FlatVectors: "flat",
+    ProductCodebooks: "pq",
+    CoarseProductCodebooks: "ivfpq",
+    AdditiveCodebooks: "rq",
+    CoarseAdditiveCodebooks: "ivfrq",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """Which FAISS index carries the codes.
+    """Which FAISS index carries the codes; docs/forms.md describes every kind.
 
     Attributes:
-        kind: "flat" (head none), "pq" (CPU), "ivfpq" (a head with lists; or a flat quantizer in the form that a GPU
-            takes), or "auto": as the head needs.
+        kind: "auto": the exact form that the head needs. Head none: "flat", "sq8", "sq4", "hnsw", "hnsw_sq8". Head
+            pq: "pq", "pq_fastscan" (4 bits), or "ivfpq" (the form that a GPU takes). Head ivfpq: "ivfpq",
+            "ivfpq_fastscan" (4 bits). Additive codes: "rq", "rq_fastscan", "ivfrq", "ivfrq_fastscan".
         nlist: Inverted lists over which "ivfpq" spreads the codes of a head without lists; all are probed.
         nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default the square root
             of their number.
+        refine: FastScan kinds: score the best documents again, exactly, from the codes, which are then stored twice.
+        k_factor: With refine: documents scored again, as a multiple of the k that a search asks for.
+        hnsw_m: "hnsw" and "hnsw_sq8": links of a document in each layer of the graph, twice as many in the lowest.
+        ef_construction: "hnsw" and "hnsw_sq8": candidates kept while a document is added.
+        ef_search: "hnsw" and "hnsw_sq8": candidates kept by a search; more find more, slower.
     """
 
     kind: Kind = "auto"
     nlist: int = 1
     nprobe: int | None = None
+    refine: bool = False
+    k_factor: float = 4.0
+    hnsw_m: int = 32
+    ef_construction: int = 200
+    ef_search: int = 128
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
             raise InputError(f"index.kind must be one of {', '.join(get_args(Kind))}, got {self.kind!r}.")
-        if self.nlist < 1:
-            raise InputError(f"index.nlist must be at least 1, got {self.nlist}.")
-        if self.nlist != 1 and self.kind != "ivfpq":
-            raise InputError(f"index.nlist={self.nlist} needs index.kind ivfpq, got {self.kind!r}.")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            kinds = [kind for kind, family in BUILDERS.items() if option.name in _options(family)]
+            # nprobe is judged by the head: see `builder`
+            if option.name not in ("kind", "nprobe") and value != option.default and self.kind not in kinds:
+                raise InputError(
+                    f"index.{option.name}={value} needs index.kind {' or '.join(kinds)}, got {self.kind!r}."
+                )
+        if self.k_factor != type(self).k_factor and not self.refine:
+            raise InputError(f"index.k_factor={self.k_factor} needs index.refine true.")
+        if self.kind != "auto":
+            self._make(self.kind)
 
     def builder(self, export: FaissExport) -> IndexBuilder:
         """Return the builder for a head's export, checked.
@@ -44,18 +93,20 @@ class IndexConfig:
         Raises:
             InputError: If the kind cannot carry it.
         """
-        if self.nprobe is not None and not isinstance(export, CoarseProductCodebooks):
+        learned = isinstance(export, CoarseProductCodebooks | CoarseAdditiveCodebooks)
+        if self.nprobe is not None and not learned:
             raise InputError(
                 f"index.nprobe needs a head with inverted lists, got {self.nprobe}. Leave it out, or train with the "
                 "head `ivfpq`."
             )
-        kind = self.kind
-        if kind == "auto":
-            kind = "flat" if isinstance(export, FlatVectors) else "pq"
-            if isinstance(export, CoarseProductCodebooks):
-                kind = "ivfpq"
-        family = BUILDERS[kind]
-        options = {field.name: getattr(self, field.name) for field in fields(family)}
-        builder = family(**options)
+        builder = self._make(AUTO[type(export)] if self.kind == "auto" else self.kind)
         builder.check(export)
         return builder
+
+    def _make(self, kind: str) -> IndexBuilder:
+        family = BUILDERS[kind]
+        return family(**{name: getattr(self, name) for name in _options(family)})
+
+
+def _options(family: type[IndexBuilder]) -> list[str]:
+    return [field.name for field in fields(family)]

@@ -40,7 +40,11 @@ def search_parameters(built: FaissIndex, *, nprobe: int | None = None, selector:
     if isinstance(built, faiss.IndexRefine):
         base = search_parameters(faiss.downcast_index(built.base_index), nprobe=nprobe, selector=selector)
         return base and faiss.IndexRefineSearchParameters(k_factor=built.k_factor, base_index_params=base)
+    if hasattr(faiss, "GpuIndexIVF") and isinstance(built, faiss.GpuIndexIVF):
+        return None if chosen else faiss.SearchParametersIVF(nprobe=nprobe or built.nprobe)
     if isinstance(built, faiss.IndexIVF):
+        if isinstance(built, faiss.IndexIVFAdditiveQuantizerFastScan):
+            return None
         if selector is not None and isinstance(built, faiss.IndexIVFAdditiveQuantizer):
             return None
         return faiss.SearchParametersIVF(nprobe=nprobe or built.nprobe, **chosen)

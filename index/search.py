@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ import torch
 from index._faiss import load_faiss
 from index.builders import FaissIndex, inverted_file, search_index
 from index.filters import search_among, search_parameters
+from index.gpu import to_gpu
 from index.lines import Lines
 from retriever import Document, DualEncoder, Encoder, InputError, Precision, embed_queries, model_fingerprint
 from retriever.folder import check_folder
@@ -61,6 +62,7 @@ class Searcher:
                 f"{folder / 'docid'} names {len(self.document_ids)} documents, but the index holds "
                 f"{self.faiss_index.ntotal}. Export the corpus again."
             )
+        self._clone: FaissIndex | None = None
         if nprobe is not None:
             self.probe(nprobe)
         self._model = DualEncoder.load(model) if model else self._embedded_model(folder / "encoder")
@@ -79,6 +81,8 @@ class Searcher:
             InputError: If the index has no lists, or fewer.
         """
         self._lists(nprobe).nprobe = nprobe
+        if self._clone is not None:
+            load_faiss().GpuParameterSpace().set_index_parameter(self._clone, "nprobe", nprobe)
 
     def embed(
         self, queries: Sequence[str], *, precision: Precision = "fp32"
@@ -138,8 +142,14 @@ class Searcher:
             self._lists(nprobe)
         k = min(k, len(self.document_ids))
         if ids is None:
-            parameters = None if nprobe is None else search_parameters(self.faiss_index, nprobe=nprobe)
-            return search_index(self.faiss_index, vectors, k, parameters)
+            built = self._clone or self.faiss_index
+            parameters = None if nprobe is None else search_parameters(built, nprobe=nprobe)
+            if nprobe is not None and parameters is None:
+                raise InputError(
+                    f"FAISS takes no nprobe with a single search of this form, got {nprobe}. Set it for all: "
+                    "Searcher(folder, nprobe=...)."
+                )
+            return search_index(built, vectors, k, parameters)
         return search_among(self.faiss_index, vectors, k, self.rows(ids), nprobe=nprobe)
 
     def rows(self, ids: Collection[str]) -> Int[NDArray[np.int64], " n"]:
@@ -156,6 +166,28 @@ class Searcher:
             raise InputError(
                 f"there is no document {error.args[0]!r} in {self.folder}. Correct the id."
             ) from None
+
+    def to_gpu(
+        self,
+        devices: Sequence[int] = (0,),
+        *,
+        k: int = 10,
+        nprobe: int | None = None,
+        mode: Literal["shards", "replicas"] = "shards",
+    ) -> Searcher:
+        """Search on cards from now on; searches among `ids` stay on the CPU.
+
+        Args:
+            devices: Cards as CUDA counts them.
+            k: The most documents that a search will ask for.
+            nprobe: The most lists that a search will probe; by default the index's own.
+            mode: `shards` divides the documents among the cards, `replicas` the queries.
+
+        Raises:
+            InputError: If FAISS cannot have this index on these cards; every reason is named.
+        """
+        self._clone = to_gpu(self.faiss_index, devices=devices, k=k, nprobe=nprobe, mode=mode)
+        return self
 
     def document(self, row: int) -> Document | None:
         """Return a stored document by index row; None if the folder was exported without texts."""

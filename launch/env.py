@@ -58,13 +58,14 @@ def _version(name: str) -> str:
 
 def _faiss() -> dict[str, str]:
     from index._faiss import load_faiss
+    from index.gpu_rules import built_with_cuvs
 
     try:
         faiss = load_faiss()
     except InputError as error:
         return {"faiss": str(error)}
     cards = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-    verdict = f"{cards} GPU(s)" if cards else "CPU only"
+    verdict = f"{cards} GPU(s){', with cuVS' if built_with_cuvs() else ''}" if cards else "CPU only"
     if torch.cuda.is_available() and not cards:
         verdict += "; torch sees a GPU: for search on it install the extra [gpu] or [cuvs] instead of [cpu]"
     return {"faiss": f"{faiss.__version__}, {verdict}"}

@@ -155,9 +155,12 @@ def describe_report(out: str, report: ExportReport | ShardReport) -> str:
     seconds = f"texts to vectors {report.embed_seconds:.2f} s, vectors to codes {report.assign_seconds:.3f} s"
     if isinstance(report, ShardReport):
         return f"{out}: {report.ntotal:,} documents, {report.code_size} bytes each\n  {seconds}"
+    proof = f"{report.overlap:.1%} of the model's 20 best documents are among FAISS's"
+    if report.parity < 1e-4:
+        proof = f"FAISS scores = model scores within {report.parity:.1e}"
     return (
         f"{out}: {report.ntotal:,} documents, {report.code_size} bytes each, index file "
         f"{report.index_bytes:,} bytes\n"
         f"  {seconds}, codes into FAISS {report.build_seconds:.4f} s\n"
-        f"  FAISS scores = model scores within {report.parity:.1e}"
+        f"  {proof}"
     )

@@ -31,6 +31,12 @@ def run(words: list[str]) -> int:
     parser.add_argument(
         "--nprobe", type=int | None, default=None, help="Inverted lists probed; by default the index's own."
     )
+    parser.add_argument(
+        "--gpu",
+        type=list[int] | None,
+        default=None,
+        help="Cards to search on, as '[0,1]'; they share the documents.",
+    )
     parser.add_argument("--verify", action="store_true", help="Compare the checksum of every file first.")
     parser.add_argument("--precision", type=Precision, default="fp32", help="Arithmetic of the tower.")
     options = parse(parser, words)
@@ -42,6 +48,8 @@ def run(words: list[str]) -> int:
         nprobe=options.nprobe,
         verify=options.verify,
     )
+    if options.gpu:
+        searcher.to_gpu(options.gpu, k=options.k)
     queries = {"query": options.query} if options.query is not None else read_queries(options.queries)
     scores, ids = searcher.search(list(queries.values()), options.k, precision=options.precision)
     results: Run = {

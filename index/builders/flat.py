@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from index._faiss import load_faiss
-from index.builders.base import FaissIndex, IndexBuilder, refuse
+from index.builders.base import FaissIndex, IndexBuilder, vector_dim
 from retriever.heads import FaissExport, FlatVectors
 
 if TYPE_CHECKING:
@@ -22,16 +22,16 @@ __all__ = ["FlatBuilder"]
 class FlatBuilder(IndexBuilder):
     """Exact search over float32 vectors; 4 D bytes a document."""
 
-    def check(self, export: FaissExport) -> None:
-        """Raise InputError unless the head is `none`."""
-        if not isinstance(export, FlatVectors):
-            raise refuse("flat", export, "Choose --index.kind auto.")
+    kind: ClassVar[str] = "flat"
+    carries: ClassVar[tuple[type[FaissExport], ...]] = (FlatVectors,)
+    remedy: ClassVar[str] = "Choose --index.kind auto."
+    gpu: ClassVar[bool] = True
 
-    def build(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
+    def _fill(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         """Return the filled index; the codes are the float32 bytes."""
-        self.check(export)
-        assert isinstance(export, FlatVectors), "checked above"
         faiss = load_faiss()
-        built = (faiss.IndexFlatIP if export.metric == "inner_product" else faiss.IndexFlatL2)(export.dim)
+        built = (faiss.IndexFlatIP if export.metric == "inner_product" else faiss.IndexFlatL2)(
+            vector_dim(export)
+        )
         built.add_sa_codes(np.ascontiguousarray(codes))
         return built

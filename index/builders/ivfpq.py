@@ -7,27 +7,27 @@ FAISS clones no `IndexPQ` to a GPU. With every coarse centroid zero, residuals a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from index._faiss import load_faiss
-from index.builders.base import (
-    FaissIndex,
-    IndexBuilder,
-    product_shape,
-    refuse,
-    set_codebooks,
-    with_rotation,
+from index.builders.base import FaissIndex, IndexBuilder, faiss_metric, product_shape, set_codebooks
+from index.builders.lists import (
+    check_nprobe,
+    coarse_quantizer,
+    default_nprobe,
+    learned_centroids,
+    take_quantizer,
 )
 from retriever.errors import InputError
 from retriever.heads import CoarseProductCodebooks, FaissExport, ProductCodebooks, pack_list_numbers
 
 if TYPE_CHECKING:
-    from jaxtyping import UInt8
+    from jaxtyping import Float, UInt8
     from numpy.typing import NDArray
 
-__all__ = ["IVFPQBuilder"]
+__all__ = ["IVFPQBuilder", "fill_ivfpq"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,19 +41,21 @@ class IVFPQBuilder(IndexBuilder):
             root of their number.
     """
 
+    kind: ClassVar[str] = "ivfpq"
+    carries: ClassVar[tuple[type[FaissExport], ...]] = (ProductCodebooks, CoarseProductCodebooks)
+    remedy: ClassVar[str] = "Choose --index.kind auto, or train with the head `pq` or `ivfpq`."
+    gpu: ClassVar[bool] = True
+
     nlist: int = 1
     nprobe: int | None = None
 
     def __post_init__(self) -> None:
         if self.nlist < 1:
             raise InputError(f"nlist must be at least 1, got {self.nlist}.")
-        if self.nprobe is not None and self.nprobe < 1:
-            raise InputError(f"nprobe must be at least 1, got {self.nprobe}.")
+        check_nprobe(self.nprobe)
 
-    def check(self, export: FaissExport) -> None:
-        """Raise InputError unless the head is a product quantizer, with lists or without, and the options fit it."""
-        if not isinstance(export, ProductCodebooks):
-            raise refuse("ivfpq", export, "Choose --index.kind auto, or train with the head `pq` or `ivfpq`.")
+    def _check(self, export: FaissExport) -> None:
+        """Raise InputError unless the options fit a head with lists, or one without."""
         learned = isinstance(export, CoarseProductCodebooks)
         if learned and self.nlist != 1:
             raise InputError(f"the head has its own lists, so nlist cannot be set; got {self.nlist}.")
@@ -63,39 +65,33 @@ class IVFPQBuilder(IndexBuilder):
                 "Train with the head `ivfpq`."
             )
 
-    def build(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
-        """Return `IndexIVFPQ`, behind a rotation if there is one.
-
-        Learned lists hold the codes as the head assigned them: nothing is assigned again.
-        """
-        self.check(export)
+    def _fill(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
+        """Return `IndexIVFPQ`. Learned lists hold the codes as the head assigned them."""
         assert isinstance(export, ProductCodebooks), "checked above"
-        faiss = load_faiss()
-        dim, books, nbits = product_shape(export)
         if isinstance(export, CoarseProductCodebooks):
-            centroids = np.ascontiguousarray(export.centroids.numpy())
-            nprobe = min(self.nprobe or round(len(centroids) ** 0.5), len(centroids))
-        else:
-            centroids = np.zeros((self.nlist, dim), dtype=np.float32)
-            lists = pack_list_numbers(np.arange(len(codes)) % self.nlist, self.nlist)
-            codes = np.hstack([lists, codes])
-            nprobe = self.nlist
-        inner_product = export.metric == "inner_product"
-        # the coarse metric is the index's own: FastScan and the GPU add the coarse distance as it is returned
-        quantizer = (faiss.IndexFlatIP if inner_product else faiss.IndexFlatL2)(dim)
-        quantizer.add(centroids)
-        metric = faiss.METRIC_INNER_PRODUCT if inner_product else faiss.METRIC_L2
-        built = faiss.IndexIVFPQ(quantizer, dim, len(centroids), books, nbits, metric)
-        built.own_fields = True  # the index frees its quantizer, also after this function returns
-        quantizer.this.disown()
-        set_codebooks(built, export)
-        built.by_residual = True
-        built.nprobe = nprobe
-        built.add_sa_codes(np.ascontiguousarray(codes))
-        if not inner_product:
-            built.precompute_table()
-        assert built.metric_type == metric, (
-            "FAISS pull request 4527: the constructor must not change the metric"
-        )
-        assert built.quantizer.ntotal == built.nlist, "FAISS does not check this itself"
-        return with_rotation(built, export)
+            built = fill_ivfpq(export, learned_centroids(export), codes)
+            built.nprobe = default_nprobe(self.nprobe, built.nlist)
+            return built
+        zeros = np.zeros((self.nlist, product_shape(export)[0]), dtype=np.float32)
+        lists = pack_list_numbers(np.arange(len(codes)) % self.nlist, self.nlist)
+        built = fill_ivfpq(export, zeros, np.hstack([lists, codes]))
+        built.nprobe = self.nlist
+        return built
+
+
+def fill_ivfpq(
+    export: ProductCodebooks,
+    centroids: Float[NDArray[np.float32], "J D"],
+    codes: UInt8[NDArray[np.uint8], "n size"],
+) -> FaissIndex:
+    """Return `IndexIVFPQ` of residual codes, each row behind its list number, nothing assigned again."""
+    dim, books, nbits = product_shape(export)
+    quantizer = coarse_quantizer(centroids, export.metric)
+    built = load_faiss().IndexIVFPQ(quantizer, dim, len(centroids), books, nbits, faiss_metric(export))
+    take_quantizer(built, quantizer)
+    set_codebooks(built, export)
+    built.by_residual = True
+    built.add_sa_codes(np.ascontiguousarray(codes))
+    if export.metric == "l2":
+        built.precompute_table()  # after the codebooks are set: FAISS does not notice a stale table
+    return built

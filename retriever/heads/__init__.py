@@ -1,6 +1,8 @@
 """Compression heads: one method, one file. A new head is one file and one line of `HEADS`."""
 
 from retriever.heads.base import (
+    AdditiveCodebooks,
+    CoarseAdditiveCodebooks,
     CoarseProductCodebooks,
     CompressionHead,
     FaissExport,
@@ -25,6 +27,8 @@ HEADS: dict[str, type[HeadConfig]] = {
 
 __all__ = [
     "HEADS",
+    "AdditiveCodebooks",
+    "CoarseAdditiveCodebooks",
     "CoarseProductCodebooks",
     "CompressionHead",
     "FaissExport",

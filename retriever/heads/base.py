@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
+    "AdditiveCodebooks",
+    "CoarseAdditiveCodebooks",
     "CoarseProductCodebooks",
     "CompressionHead",
     "FaissExport",
@@ -106,6 +108,32 @@ class ProductCodebooks(FaissExport):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoarseProductCodebooks(ProductCodebooks):
     """Product quantizer of the residuals to coarse centroids, all behind the rotation.
+
+    Attributes:
+        centroids: One of each inverted list, (J, D) float32.
+    """
+
+    centroids: Float[Tensor, "J D"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdditiveCodebooks(FaissExport):
+    """Additive (for example residual) quantizer behind an optional rotation: a vector is the sum of its codewords.
+
+    Attributes:
+        codebooks: Codewords in the order of the codes, (M, K, D) float32.
+        rotation: Matrix A of y = A x, (D, D) float32, or None.
+        orthonormal: Whether the rotation is; one that is not carries inner products only.
+    """
+
+    codebooks: Float[Tensor, "M K D"]
+    rotation: Float[Tensor, "D D"] | None = None
+    orthonormal: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoarseAdditiveCodebooks(AdditiveCodebooks):
+    """Additive quantizer of the residuals to coarse centroids, all behind the rotation.
 
     Attributes:
         centroids: One of each inverted list, (J, D) float32.

@@ -251,7 +251,7 @@ def test_failure_of_the_build_keeps_the_codes(
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("index.artifact.assert_parity", fail)
+        patch.setattr("index.artifact.prove_parity", fail)
         with pytest.raises(MemoryError):
             export(models["pq"], documents, tmp_path / "index")
         monkeypatch.setattr("index.encode.embed_documents", fail)  # nothing is left to encode

@@ -14,9 +14,26 @@ import torch
 from torch import Tensor
 
 from index import ParityError, assert_parity
-from index.builders import FaissIndex, FlatBuilder, IndexBuilder, IVFPQBuilder, PQBuilder
+from index.builders import (
+    FaissIndex,
+    FlatBuilder,
+    HNSWBuilder,
+    HNSWSQ8Builder,
+    IndexBuilder,
+    IVFPQBuilder,
+    IVFPQFastScanBuilder,
+    PQBuilder,
+    PQFastScanBuilder,
+    SQ4Builder,
+    SQ8Builder,
+    inverted_file,
+    probing_all,
+    search_index,
+)
+from index.parity import Parity, prove_parity
 from retriever.heads import (
     CompressionHead,
+    IVFProductQuantizerConfig,
     NoCompressionConfig,
     ProductCodebooks,
     ProductQuantizerConfig,
@@ -199,7 +216,7 @@ class Reordered:
         self.built = built
         self.ntotal, self.metric_type = built.ntotal, built.metric_type
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def search(self, queries: np.ndarray, k: int, params: object = None) -> tuple[np.ndarray, np.ndarray]:
         order = [1, 0, *range(2, k)]
         scores, rows = self.built.search(queries, k)
         return scores[:, order], rows[:, order]
@@ -218,3 +235,129 @@ def test_score_that_is_not_a_number_is_found() -> None:
     built = FlatBuilder().build(case.export, case.packed)
     with pytest.raises(ParityError):
         check(replace(case, queries=torch.full((2, D), float("nan"))), built)
+
+
+# --- forms that approximate ---
+
+
+def make_lists_case(seed: int, *, metric: str = "l2") -> Case:
+    """Return a rotated inverted file of 5 lists, the codes of random documents, and random queries."""
+    generator = torch.Generator().manual_seed(seed)
+    head = IVFProductQuantizerConfig(
+        num_lists=5, num_codebooks=4, codebook_bits=4, rotation="opq", metric=metric
+    ).build(D)
+    head.coarse.start(torch.randn(1, 5, D, generator=generator))
+    head.fine.start(0.5 * torch.randn(head.fine.codewords.shape, generator=generator))
+    head.rotate.start(torch.linalg.qr(torch.randn(D, D, generator=generator)).Q)
+    codes = head.encode(torch.randn(DOCUMENTS, D, generator=generator))
+    return Case(head.eval(), head.pack(codes), torch.randn(QUERIES, D, generator=generator))
+
+
+PQ_FORMS = [PQFastScanBuilder(), PQFastScanBuilder(refine=True)]
+LIST_FORMS = [IVFPQFastScanBuilder(), IVFPQFastScanBuilder(refine=True)]
+FLAT_FORMS = [SQ8Builder(), SQ4Builder(), HNSWBuilder(), HNSWSQ8Builder()]
+every_lossy = pytest.mark.parametrize("builder", [*PQ_FORMS, *LIST_FORMS, *FLAT_FORMS], ids=repr)
+
+
+def make_lossy_case(builder: IndexBuilder, seed: int, metric: str = "inner_product") -> Case:
+    if builder in PQ_FORMS:
+        return make_case(seed, metric=metric)
+    return make_lists_case(seed, metric=metric) if builder in LIST_FORMS else make_flat_case(seed)
+
+
+def prove(builder: IndexBuilder, case: Case, built: FaissIndex | None = None) -> Parity:
+    built = built or builder.build(case.export, case.packed)
+    with probing_all(built):
+        return prove_parity(builder, built, case.head, case.packed, case.queries)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_proof_of_an_exact_form_is_the_difference_of_its_scores(seed: int) -> None:
+    case = make_case(seed)
+    built = PQBuilder().build(case.export, case.packed)
+    assert prove(PQBuilder(), case) == Parity(difference=check(case, built), overlap=1.0)
+
+
+@pytest.mark.parametrize("metric", ["inner_product", "l2"])
+@every_lossy
+@pytest.mark.parametrize("seed", SEEDS)
+def test_proof_of_a_lossy_form_is_the_overlap_of_its_results(
+    seed: int, builder: IndexBuilder, metric: str
+) -> None:
+    case = make_lossy_case(builder, seed, metric)
+    built = builder.build(case.export, case.packed)
+    with probing_all(built):
+        scores, rows = search_index(built, case.queries.numpy(), 20)
+    with torch.no_grad():
+        vectors = case.head.decode(case.head.unpack(case.packed)).double().numpy()
+    queries = case.queries.double().numpy()
+    exact = queries @ vectors.T
+    if case.head.metric == "l2":
+        exact = 1 - ((queries[:, None] - vectors) ** 2).sum(-1) / 2
+    found = np.take_along_axis(exact, rows, axis=1)
+    overlap = (found >= -np.sort(-exact, axis=1)[:, 19:20] - 1e-5 * np.abs(found).max()).mean()
+    parity = prove(builder, case, built)
+    assert parity.overlap == pytest.approx(overlap, abs=1e-9)
+    assert parity.difference == pytest.approx(np.abs(scores - found).max(), rel=1e-6)
+    assert builder.least_overlap <= parity.overlap <= 1
+
+
+@every_lossy
+@pytest.mark.parametrize("seed", SEEDS)
+def test_permuted_codes_of_a_lossy_form_are_found(seed: int, builder: IndexBuilder) -> None:
+    case = make_lossy_case(builder, seed)
+    order = torch.randperm(DOCUMENTS, generator=torch.Generator().manual_seed(seed + 100)).numpy()
+    with pytest.raises(ParityError):
+        prove(builder, case, builder.build(case.export, case.packed[order]))
+
+
+@pytest.mark.parametrize("builder", [*PQ_FORMS, *LIST_FORMS], ids=repr)
+def test_left_out_rotation_of_a_lossy_form_is_found(builder: IndexBuilder) -> None:
+    case = make_lossy_case(builder, 0)
+    with pytest.raises(ParityError):
+        prove(builder, case, builder.build(replace(case.export, rotation=None), case.packed))
+
+
+@pytest.mark.parametrize("builder", [PQ_FORMS[1], LIST_FORMS[1]], ids=repr)
+def test_slightly_wrong_codebooks_behind_a_second_stage_are_found(builder: IndexBuilder) -> None:
+    case = make_lossy_case(builder, 0)
+    wrong = replace(case.export, codebooks=case.export.codebooks * 1.001)
+    with pytest.raises(ParityError, match=r"differ from the model's by \d"):
+        prove(builder, case, builder.build(wrong, case.packed))
+
+
+@pytest.mark.parametrize("builder", LIST_FORMS, ids=repr)
+def test_list_of_a_lossy_form_that_is_not_probed_is_found(builder: IndexBuilder) -> None:
+    case = make_lossy_case(builder, 0)
+    built = builder.build(case.export, case.packed)
+    inverted_file(built).nprobe = 1
+    fault = rf"overlap@20 of an index of kind '{builder.kind}' .* is 0\.\d+, at least {builder.least_overlap} is needed"
+    with pytest.raises(ParityError, match=fault):
+        prove_parity(builder, built, case.head, case.packed, case.queries)
+
+
+def test_too_small_an_overlap_says_what_to_do() -> None:
+    case = make_flat_case(0)
+    builder = HNSWBuilder(hnsw_m=2, ef_construction=2, ef_search=1)
+    with pytest.raises(ParityError, match=r"follows a graph .*Raise --index\.ef_search, now 1"):
+        prove(builder, case)
+
+
+@every_lossy
+def test_queries_that_are_no_numbers_are_found(builder: IndexBuilder) -> None:
+    case = replace(make_lossy_case(builder, 0), queries=torch.full((2, D), float("nan")))
+    with pytest.raises(ParityError):
+        prove(builder, case)
+
+
+@every_lossy
+def test_missing_document_of_a_lossy_form_is_found(builder: IndexBuilder) -> None:
+    case = make_lossy_case(builder, 0)
+    with pytest.raises(ParityError, match="holds 299 documents instead of 300"):
+        prove(builder, case, builder.build(case.export, case.packed[:-1]))
+
+
+@every_lossy
+def test_few_documents_of_a_lossy_form_pass(builder: IndexBuilder) -> None:
+    case = make_lossy_case(builder, 0)
+    assert prove(builder, replace(case, packed=case.packed[:3])).overlap == 1

@@ -1,0 +1,68 @@
+"""`faiss.IndexIVFResidualQuantizer` from centroids, additive codebooks of the residuals, and codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from index._faiss import load_faiss
+from index.builders.additive import exact_search_type, set_additive_codebooks, with_norms
+from index.builders.base import FaissIndex, IndexBuilder, code_bits, faiss_metric, split_lists, vector_dim
+from index.builders.lists import (
+    check_nprobe,
+    coarse_quantizer,
+    default_nprobe,
+    learned_centroids,
+    take_quantizer,
+)
+from retriever.heads import CoarseAdditiveCodebooks, FaissExport, pack_list_numbers
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+    from numpy.typing import NDArray
+
+__all__ = ["IVFRQBuilder"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IVFRQBuilder(IndexBuilder):
+    """Search over additive codes in inverted lists, on the CPU.
+
+    FAISS computes a table of M K D products for every probed list: take at most 8 codebooks, or FastScan.
+
+    Attributes:
+        nprobe: Lists that a search probes unless it says otherwise; by default the square root of their number.
+    """
+
+    kind: ClassVar[str] = "ivfrq"
+    carries: ClassVar[tuple[type[FaissExport], ...]] = (CoarseAdditiveCodebooks,)
+    remedy: ClassVar[str] = "Choose --index.kind auto."
+
+    nprobe: int | None = None
+
+    def __post_init__(self) -> None:
+        check_nprobe(self.nprobe)
+
+    def _fill(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
+        assert isinstance(export, CoarseAdditiveCodebooks), "checked above"
+        centroids = learned_centroids(export)
+        quantizer = coarse_quantizer(centroids, export.metric)
+        built = load_faiss().IndexIVFResidualQuantizer(
+            quantizer,
+            vector_dim(export),
+            len(centroids),
+            len(export.codebooks),
+            code_bits(export),
+            faiss_metric(export),
+            exact_search_type(export),
+        )
+        take_quantizer(built, quantizer)
+        set_additive_codebooks(built, export.codebooks.numpy())
+        built.by_residual = True
+        built.nprobe = default_nprobe(self.nprobe, built.nlist)
+        lists, residuals = split_lists(export, codes)
+        prefix = pack_list_numbers(lists, built.nlist)
+        built.add_sa_codes(np.hstack([prefix, with_norms(built, export, residuals)]))
+        return built
