@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, overload
 
@@ -44,11 +43,6 @@ class Lines(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         return (self[row] for row in range(len(self)))
-
-    def hashes(self) -> NDArray[np.uint64]:
-        """Return a 64-bit hash of each line, (n,)."""
-        digests = (int.from_bytes(blake2b(line.encode(), digest_size=8).digest(), "little") for line in self)
-        return np.fromiter(digests, np.uint64, len(self))
 
 
 def _line_ends(content: mmap.mmap | bytes) -> NDArray[np.int64]:

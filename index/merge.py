@@ -2,14 +2,18 @@
 
 Nothing is encoded, trained or assigned again: the result is byte for byte the index of one export of the documents in
 that order. Adding documents is merging an index with a shard of the new ones; taking some out, or choosing another
-form of index, is merging an index by itself. Memory: the FAISS index, and 24 bytes a document while ids are compared.
+form of index, is merging an index by itself. Memory: the FAISS index (one piece of it with `on_disk`), one byte a
+document, and 0.5 GB while ids are compared.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from index.artifact import ExportReport, describe_index, library_versions, write_index
 from index.config import IndexConfig
 from index.encode import BLOCK, SAMPLE, Shard
-from index.lines import Lines
 from retriever import InputError
 from retriever.dual_encoder import load_head
 from retriever.folder import check_folder, publish_folder, read_manifest
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["merge_indexes"]
 
+SORTED_IDS = 1 << 24  # hashes sorted at once
+
 
 @dataclass(slots=True)
 class _Source:
@@ -38,13 +43,18 @@ class _Source:
 
     folder: Path
     manifest: dict[str, Any]
-    ids: Lines
     keep: Bool[NDArray[np.bool_], " n"]
 
     @property
     def shard(self) -> Shard | None:
         stored = self.manifest.get("shard")
         return Shard.parse(stored) if stored else None
+
+    def ids(self) -> Iterator[str]:
+        """Yield the ids in order, from disk."""
+        with (self.folder / "docid").open("rb") as file:
+            for line in file:
+                yield line.rstrip(b"\n").decode()
 
     def has(self, name: str) -> bool:
         return (self.folder / name).exists()
@@ -109,8 +119,7 @@ def _open(folders: Sequence[Path]) -> list[_Source]:
         manifest = check_folder(folder, kind)
         if not (folder / "codes.u8").is_file():
             raise InputError(f"{folder} holds no codes, so it cannot be merged. Export its corpus again.")
-        ids = Lines(folder / "docid")
-        sources.append(_Source(folder, manifest, ids, np.ones(len(ids), dtype=bool)))
+        sources.append(_Source(folder, manifest, np.ones(manifest["ntotal"], dtype=bool)))
     first = sources[0]
     for source in sources[1:]:
         if source.manifest["model"] != first.manifest["model"]:
@@ -161,7 +170,7 @@ def _remove(sources: Sequence[_Source], remove: Collection[str]) -> None:
     wanted = set(remove)
     found: set[str] = set()
     for source in sources:
-        for row, name in enumerate(source.ids):
+        for row, name in enumerate(source.ids()):
             if name in wanted:
                 source.keep[row] = False
                 found.add(name)
@@ -172,29 +181,58 @@ def _remove(sources: Sequence[_Source], remove: Collection[str]) -> None:
 
 
 def _resolve_duplicates(sources: Sequence[_Source], update: bool) -> None:
-    """Keep the last document of each id, or refuse."""
-    hashes = np.concatenate([source.ids.hashes() for source in sources])
-    first_rows = np.cumsum([0, *(len(source.ids) for source in sources)])
+    """Keep the last document of each id, or refuse.
 
-    def locate(row: int) -> tuple[_Source, int]:
-        number = int(np.searchsorted(first_rows, row, side="right")) - 1
-        return sources[number], row - int(first_rows[number])
+    The 64-bit hashes of all ids lie in a file; some millions at a time, those of one range, are sorted in memory.
+    """
+    first_rows = np.cumsum([0, *(len(source.keep) for source in sources)])
+    total = int(first_rows[-1])
+    with tempfile.TemporaryFile() as file:
+        for source in sources:
+            digests = (blake2b(name.encode(), digest_size=8).digest() for name in source.ids())
+            while piece := b"".join(islice(digests, BLOCK)):
+                file.write(piece)
+        file.flush()
+        hashes = np.memmap(file, dtype="<u8", mode="r", shape=(total,))
+        ranges = -(-total // SORTED_IDS)
+        for number in range(ranges):
+            rows = _rows_in_range(hashes, number, ranges)
+            order = rows[np.argsort(hashes[rows], kind="stable")]
+            ordered = hashes[order]
+            for place in np.flatnonzero(ordered[1:] == ordered[:-1]):
+                _resolve(sources, first_rows, int(order[place]), int(order[place + 1]), update)
 
-    order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
-    del hashes
-    for place in np.flatnonzero(ordered[1:] == ordered[:-1]):
-        earlier, later = locate(int(order[place])), locate(int(order[place + 1]))
-        name = later[0].ids[later[1]]
-        kept = earlier[0].keep[earlier[1]] and later[0].keep[later[1]]
-        if earlier[0].ids[earlier[1]] != name or not kept:  # unequal ids of one hash, or one is removed
-            continue
-        if not update:
-            raise InputError(
-                f"the document id {name!r} is in {earlier[0].folder} and in {later[0].folder}. Remove one, or let the "
-                "later one replace the earlier with --update."
-            )
-        earlier[0].keep[earlier[1]] = False
+
+def _rows_in_range(hashes: NDArray[np.uint64], number: int, ranges: int) -> NDArray[np.int64]:
+    """Return the rows whose hash leaves the remainder `number`."""
+    parts = [
+        np.flatnonzero(hashes[start : start + SORTED_IDS] % np.uint64(ranges) == number) + start
+        for start in range(0, len(hashes), SORTED_IDS)
+    ]
+    return np.concatenate(parts)
+
+
+def _resolve(
+    sources: Sequence[_Source], first_rows: NDArray[np.int64], early: int, late: int, update: bool
+) -> None:
+    """Leave out the earlier of two documents whose ids have one hash, if the ids are equal."""
+    (before, old), (after, new) = (_locate(sources, first_rows, row) for row in (early, late))
+    if not (before.keep[old] and after.keep[new]):
+        return
+    name = next(islice(after.ids(), new, None))
+    if next(islice(before.ids(), old, None)) != name:
+        return
+    if not update:
+        raise InputError(
+            f"the document id {name!r} is in {before.folder} and in {after.folder}. Remove one, or let the "
+            "later one replace the earlier with --update."
+        )
+    before.keep[old] = False
+
+
+def _locate(sources: Sequence[_Source], first_rows: NDArray[np.int64], row: int) -> tuple[_Source, int]:
+    number = int(np.searchsorted(first_rows, row, side="right")) - 1
+    return sources[number], row - int(first_rows[number])
 
 
 def _join(sources: Sequence[_Source], folder: Path, code_size: int) -> None:
@@ -209,7 +247,8 @@ def _join(sources: Sequence[_Source], folder: Path, code_size: int) -> None:
             for start in range(0, len(codes), BLOCK):
                 rows = np.flatnonzero(source.keep[start : start + BLOCK]) + start
                 codes_file.write(codes[rows].tobytes())
-                ids_file.writelines(f"{source.ids[int(row)]}\n".encode() for row in rows)
+            kept = (name for name, keep in zip(source.ids(), source.keep, strict=True) if keep)
+            ids_file.writelines(f"{name}\n".encode() for name in kept)
     if not texts:
         return
     with (
