@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,14 +193,31 @@ def _resolve_duplicates(sources: Sequence[_Source], update: bool) -> None:
             while piece := b"".join(islice(digests, BLOCK)):
                 file.write(piece)
         file.flush()
-        hashes = np.memmap(file, dtype="<u8", mode="r", shape=(total,))
-        ranges = -(-total // SORTED_IDS)
-        for number in range(ranges):
-            rows = _rows_in_range(hashes, number, ranges)
-            order = rows[np.argsort(hashes[rows], kind="stable")]
-            ordered = hashes[order]
-            for place in np.flatnonzero(ordered[1:] == ordered[:-1]):
-                _resolve(sources, first_rows, int(order[place]), int(order[place + 1]), update)
+        pairs = _equal_pairs(np.memmap(file, dtype="<u8", mode="r", shape=(total,)))
+    wanted = {row for pair in pairs for row in pair}
+    names = {row: name for row, name in enumerate(chain(*(s.ids() for s in sources))) if row in wanted}
+    for early, late in pairs:
+        (before, old), (after, new) = (_locate(sources, first_rows, row) for row in (early, late))
+        if names[early] != names[late] or not (before.keep[old] and after.keep[new]):
+            continue
+        if not update:
+            raise InputError(
+                f"the document id {names[late]!r} is in {before.folder} and in {after.folder}. Remove one, or let "
+                "the later one replace the earlier with --update."
+            )
+        before.keep[old] = False
+
+
+def _equal_pairs(hashes: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    """Return the pairs of neighbouring rows, in order, that have one hash."""
+    ranges = -(-len(hashes) // SORTED_IDS)
+    pairs: list[tuple[int, int]] = []
+    for number in range(ranges):
+        rows = _rows_in_range(hashes, number, ranges)
+        order = rows[np.argsort(hashes[rows], kind="stable")]
+        equal = hashes[order[1:]] == hashes[order[:-1]]
+        pairs += zip(order[:-1][equal].tolist(), order[1:][equal].tolist(), strict=True)
+    return sorted(pairs)
 
 
 def _rows_in_range(hashes: NDArray[np.uint64], number: int, ranges: int) -> NDArray[np.int64]:
@@ -210,24 +227,6 @@ def _rows_in_range(hashes: NDArray[np.uint64], number: int, ranges: int) -> NDAr
         for start in range(0, len(hashes), SORTED_IDS)
     ]
     return np.concatenate(parts)
-
-
-def _resolve(
-    sources: Sequence[_Source], first_rows: NDArray[np.int64], early: int, late: int, update: bool
-) -> None:
-    """Leave out the earlier of two documents whose ids have one hash, if the ids are equal."""
-    (before, old), (after, new) = (_locate(sources, first_rows, row) for row in (early, late))
-    if not (before.keep[old] and after.keep[new]):
-        return
-    name = next(islice(after.ids(), new, None))
-    if next(islice(before.ids(), old, None)) != name:
-        return
-    if not update:
-        raise InputError(
-            f"the document id {name!r} is in {before.folder} and in {after.folder}. Remove one, or let the "
-            "later one replace the earlier with --update."
-        )
-    before.keep[old] = False
 
 
 def _locate(sources: Sequence[_Source], first_rows: NDArray[np.int64], row: int) -> tuple[_Source, int]:

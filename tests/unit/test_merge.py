@@ -291,10 +291,6 @@ def test_documents_are_replaced(
     sorted_ids: int,
 ) -> None:
     monkeypatch.setattr("index.merge.SORTED_IDS", sorted_ids)
-    replace_documents(models, documents, tmp_path)
-
-
-def replace_documents(models: dict[str, Path], documents: list[Document], tmp_path: Path) -> None:
     old = export(models["pq"], documents, tmp_path / "old")
     changed = [Document(documents[row].id, "new", "w7 w8") for row in (3, 40)]
     new = shard(models["pq"], changed, tmp_path / "new", 1, 1)
