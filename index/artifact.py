@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from index._faiss import load_faiss
-from index.builders import FaissIndex, IndexBuilder, probing_all
+from index.builders import FaissIndex, IndexBuilder, IVFPQBuilder, probing_all
 from index.config import IndexConfig
 from index.encode import EncodedCorpus, Shard, encode_corpus
+from index.on_disk import LISTS, build_on_disk
 from index.parity import prove_parity
 from retriever import Document, DualEncoder, InputError, Precision, model_fingerprint
 from retriever.folder import publish_folder, refuse_existing, write_json
@@ -348,7 +349,8 @@ def write_index(
     codes_path = folder / "codes.u8"
     codes = np.memmap(codes_path, dtype=np.uint8, mode="r").reshape(-1, head.code_size)
     start = time.perf_counter()
-    built = builder.build(export, codes)
+    on_disk = isinstance(builder, IVFPQBuilder) and builder.on_disk
+    built = build_on_disk(builder, export, codes, folder) if on_disk else builder.build(export, codes)
     build_seconds = time.perf_counter() - start
     with probing_all(built):
         proof = prove_parity(builder, built, head, codes, sample)
@@ -356,7 +358,9 @@ def write_index(
     report = ExportReport(
         ntotal=len(codes),
         code_size=head.code_size,
-        index_bytes=(folder / "index").stat().st_size,
+        index_bytes=sum(
+            (folder / name).stat().st_size for name in ("index", LISTS) if (folder / name).is_file()
+        ),
         embed_seconds=corpus.embed_seconds if corpus else 0.0,
         assign_seconds=corpus.assign_seconds if corpus else 0.0,
         build_seconds=build_seconds,

@@ -55,6 +55,8 @@ class IndexConfig:
         nlist: Inverted lists over which "ivfpq" spreads the codes of a head without lists; all are probed.
         nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default the square root
             of their number.
+        on_disk: "ivfpq": keep the inverted lists in a file that searches read from, built a piece at a time, so that
+            neither takes the index's memory.
         refine: FastScan kinds: score the best documents again, exactly, from the codes, which are then stored twice.
         k_factor: With refine: documents scored again, as a multiple of the k that a search asks for.
         hnsw_m: "hnsw" and "hnsw_sq8": links of a document in each layer of the graph, twice as many in the lowest.
@@ -65,6 +67,7 @@ class IndexConfig:
     kind: Kind = "auto"
     nlist: int = 1
     nprobe: int | None = None
+    on_disk: bool = False
     refine: bool = False
     k_factor: float = 4.0
     hnsw_m: int = 32

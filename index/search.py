@@ -18,6 +18,7 @@ from index.builders import FaissIndex, inverted_file, search_index
 from index.filters import search_among, search_parameters
 from index.gpu import to_gpu
 from index.lines import Lines
+from index.on_disk import read_index
 from retriever import Document, DualEncoder, Encoder, InputError, Precision, embed_queries, model_fingerprint
 from retriever.folder import check_folder
 from retriever.heads import NoCompressionConfig
@@ -55,7 +56,7 @@ class Searcher:
             )
         self.folder = folder
         self.manifest: dict[str, Any] = manifest
-        self.faiss_index = load_faiss().read_index(str(folder / "index"))
+        self.faiss_index = read_index(folder / "index")
         self.document_ids = Lines(folder / "docid")
         if self.faiss_index.ntotal != len(self.document_ids):
             raise InputError(

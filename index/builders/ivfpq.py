@@ -39,6 +39,7 @@ class IVFPQBuilder(IndexBuilder):
             better. All are probed.
         nprobe: For a head with lists: lists that a search probes unless it says otherwise; by default the square
             root of their number.
+        on_disk: Keep the inverted lists in a file beside the index; see `index.on_disk`.
     """
 
     kind: ClassVar[str] = "ivfpq"
@@ -48,6 +49,7 @@ class IVFPQBuilder(IndexBuilder):
 
     nlist: int = 1
     nprobe: int | None = None
+    on_disk: bool = False
 
     def __post_init__(self) -> None:
         if self.nlist < 1:

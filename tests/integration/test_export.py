@@ -146,3 +146,26 @@ def test_flipped_byte_of_a_large_file_is_found_by_verify(
     assert main(["search", str(copy), "--query", "w1", "--json"]) == 0
     assert main(["search", str(copy), "--query", "w1", "--verify"]) == 2
     assert "documents.jsonl is damaged" in capsys.readouterr().err
+
+
+def test_json_is_all_that_is_printed_with_lists_on_disk(whole: Path, tmp_path: Path) -> None:
+    """FAISS prints to C's stdout, which pytest's capture does not see: a process of its own does."""
+    words = [
+        "merge",
+        str(whole),
+        "--out",
+        str(tmp_path / "disk"),
+        "--index.kind",
+        "ivfpq",
+        "--index.on_disk",
+        "true",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *words, "--json"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(done.stdout)["ntotal"] == DOCUMENTS
+    assert (tmp_path / "disk" / "index.ivfdata").is_file()

@@ -311,6 +311,40 @@ def test_index_gets_another_form(models: dict[str, Path], documents: list[Docume
     assert content(tmp_path / "merged") == content(whole)
 
 
+@pytest.mark.parametrize("piece", [1, 7, 32, 1000])
+@pytest.mark.parametrize("head", HEADS)
+def test_lists_on_disk_give_the_same_hits(
+    models: dict[str, Path],
+    documents: list[Document],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    head: str,
+    piece: int,
+) -> None:
+    monkeypatch.setattr("index.on_disk.PIECE", piece)
+    whole = export(models[head], documents, tmp_path / "whole", config=IndexConfig(kind="ivfpq"))
+    disk = tmp_path / "disk"
+    merge_indexes([whole], disk, config=IndexConfig(kind="ivfpq", on_disk=True))
+    assert (disk / "index").stat().st_size + (disk / "index.ivfdata").stat().st_size > 80 * 8
+    moved = disk.rename(tmp_path / "moved")  # the path is in the file, and must not matter
+    queries = [document.text for document in documents[:20]]
+    searcher = Searcher(moved, verify=True)
+    for nprobe in (None,) if head == "pq" else (1, 3, 8):
+        scores, ids = searcher.search(queries, 30, nprobe=nprobe)
+        expected, names = Searcher(whole).search(queries, 30, nprobe=nprobe)
+        np.testing.assert_array_equal(scores, expected)
+        assert ids == names
+    few = searcher.search(queries, 30, ids=["d3", "d70"])
+    assert {name for row in few[1] for name in row} <= {"d3", "d70"}
+    merge_indexes([moved], tmp_path / "again", config=IndexConfig(kind="ivfpq"))
+    assert content(tmp_path / "again") == content(whole)
+
+
+def test_lists_on_disk_need_lists() -> None:
+    with pytest.raises(InputError, match=r"index\.on_disk=True needs index\.kind ivfpq, got 'pq'"):
+        IndexConfig(kind="pq", on_disk=True)
+
+
 def test_index_is_merged_over_itself(
     models: dict[str, Path], documents: list[Document], tmp_path: Path
 ) -> None:
