@@ -55,13 +55,14 @@ def build_on_disk(
             load_faiss().write_index(part, names[-1])
         with _printing_to_stderr():
             merge_ondisk(lists, names, str(folder / LISTS))
-    assert lists is not None and lists.ntotal == len(codes), "a family with inverted lists"
+    assert lists is not None, "the family has inverted lists"
+    assert lists.ntotal == len(codes), f"{lists.ntotal} of {len(codes)} documents were taken"
     outer.ntotal = lists.ntotal
     return outer
 
 
 def _shift_rows(lists: FaissIndex, start: int) -> None:
-    """Add to the rows that lists hold; FAISS's own `shift_ids` gave wrong rows (1.15.1, 80 documents in pieces of 7)."""
+    """Add to the rows that lists hold; FAISS's own `shift_ids` gave wrong ones (1.15.1; 80 documents, pieces of 7)."""
     faiss = load_faiss()
     for number in range(lists.nlist):
         size = lists.invlists.list_size(number)
