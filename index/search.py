@@ -6,6 +6,7 @@ Shapes: B queries, D dimensions, k results.
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,7 +68,7 @@ class Searcher:
         if nprobe is not None:
             self.probe(nprobe)
         self._model = DualEncoder.load(model) if model else self._embedded_model(folder / "encoder")
-        self._offsets = self._read_offsets()
+        self._offsets, self._texts = self._map_texts()
         self._row_of: dict[str, int] | None = None
 
     @property
@@ -192,11 +193,10 @@ class Searcher:
 
     def document(self, row: int) -> Document | None:
         """Return a stored document by index row; None if the folder was exported without texts."""
-        if self._offsets is None:
+        if self._offsets is None or self._texts is None:
             return None
-        with (self.folder / "documents.jsonl").open("rb") as file:
-            file.seek(int(self._offsets[row]))
-            stored = json.loads(file.readline())
+        start = int(self._offsets[row])
+        stored = json.loads(self._texts[start : self._texts.find(b"\n", start)])
         return Document(stored["_id"], stored["title"], stored["text"])
 
     def to(self, device: str | torch.device) -> Searcher:
@@ -223,6 +223,10 @@ class Searcher:
         encoder = Encoder.load(folder)
         return DualEncoder(encoder, encoder, NoCompressionConfig().build(encoder.dim)).eval()
 
-    def _read_offsets(self) -> NDArray[np.uint64] | None:
-        path = self.folder / "documents.offsets"
-        return np.memmap(path, dtype="<u8", mode="r") if path.is_file() else None
+    def _map_texts(self) -> tuple[NDArray[np.uint64] | None, mmap.mmap | None]:
+        """Return the offsets and the texts; both stay those of this folder when it is replaced."""
+        if not (self.folder / "documents.offsets").is_file():
+            return None, None
+        with (self.folder / "documents.jsonl").open("rb") as file:
+            texts = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.memmap(self.folder / "documents.offsets", dtype="<u8", mode="r"), texts
