@@ -1,0 +1,304 @@
+"""The recipes for clusters write byte for byte the index of one `endex export`."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import faiss
+import pytest
+import torch
+
+from index import FaissFit, IndexConfig, Searcher, export_index, merge_indexes
+from launch.ray.serve import best_of, run
+from retriever import Document, DualEncoderConfig, InputError, embed_documents, read_corpus
+from retriever.heads import ProductQuantizerConfig
+
+ROOT = Path(__file__).parents[2]
+SLURM = sorted((ROOT / "launch/slurm").glob("*.sbatch"))
+NAMES = ("index", "codes.u8", "docid", "documents.jsonl", "documents.offsets")
+BLOCK = 16  # of the 80 documents of `tiny_data`
+ENDEX = f"""#!{sys.executable}
+import sys
+import index.encode
+index.encode.BLOCK = {BLOCK}
+from launch.main import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "model"
+    torch.manual_seed(0)
+    head = ProductQuantizerConfig(num_codebooks=4, codebook_bits=4)
+    built = DualEncoderConfig(encoder=str(tiny_model), document_max_length=32).build(head).eval()
+    built.head.warm_start(embed_documents(built, list(read_corpus(tiny_data))), FaissFit(), 0)
+    built.save(folder, files={"experiment.yaml": "seed: 1"})
+    return folder
+
+
+def export(model: Path, documents: list[Document], out: Path) -> dict[str, bytes]:
+    export_index(model, documents, out, config=IndexConfig(), device="cpu", progress=False)
+    return content(out)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in NAMES}
+
+
+def environment(**variables: str) -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **variables,
+    }
+
+
+def call(words: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        words, cwd=folder, env=environment(**variables), capture_output=True, text=True, timeout=300
+    )
+
+
+# --- SLURM ---
+
+
+@pytest.fixture
+def cluster(model: Path, tiny_data: Path, tmp_path: Path) -> dict[str, str]:
+    """Variables of a task, and an `endex` of small blocks first on the path."""
+    shim = tmp_path / "bin" / "endex"
+    shim.parent.mkdir()
+    shim.write_text(ENDEX, encoding="utf-8")
+    shim.chmod(0o755)
+    return {
+        "PATH": f"{shim.parent}:{os.environ['PATH']}",
+        "MODEL": str(model),
+        "CORPUS": str(tiny_data),
+        "OUT": str(tmp_path / "index"),
+        "OPTIONS": "",
+    }
+
+
+def task(name: str, folder: Path, variables: dict[str, str], **more: str) -> subprocess.CompletedProcess[str]:
+    return call(["bash", str(ROOT / "launch/slurm" / name)], folder, **variables, **more)
+
+
+@pytest.mark.parametrize("script", SLURM, ids=lambda path: path.name)
+def test_a_job_script_is_bash(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script], capture_output=True, text=True, check=True).stderr == ""
+
+
+def test_there_are_job_scripts() -> None:
+    assert [script.name for script in SLURM] == [
+        "export.sbatch",
+        "export_parts.sbatch",
+        "merge.sbatch",
+        "train.sbatch",
+    ]
+
+
+def test_array_tasks_and_merge_give_one_export(
+    model: Path, tiny_data: Path, tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    for number in ("0", "1"):
+        done = task(
+            "export.sbatch", tmp_path, cluster, SLURM_ARRAY_TASK_ID=number, SLURM_ARRAY_TASK_COUNT="2"
+        )
+        assert done.returncode == 0, done.stderr
+    again = task("export.sbatch", tmp_path, cluster, SLURM_ARRAY_TASK_ID="1", SHARDS="2")
+    assert "shard 2/2 is finished" in again.stdout
+    merged = task("merge.sbatch", tmp_path, cluster, SHARDS="2")
+    assert merged.returncode == 0, merged.stderr
+    assert json.loads(merged.stdout)["ntotal"] == 80
+    assert content(tmp_path / "index") == export(model, list(read_corpus(tiny_data)), tmp_path / "whole")
+    assert "the index is finished" in task("merge.sbatch", tmp_path, cluster, SHARDS="2").stdout
+
+
+def test_a_task_without_a_shard_fails(tmp_path: Path, cluster: dict[str, str]) -> None:
+    done = task("export.sbatch", tmp_path, cluster, SLURM_ARRAY_TASK_ID="5", SLURM_ARRAY_TASK_COUNT="1")
+    assert (done.returncode, "array task 5 has no shard of 1" in done.stderr) == (2, True)
+
+
+def test_merging_before_all_shards_are_there_fails(tmp_path: Path, cluster: dict[str, str]) -> None:
+    first = task("export.sbatch", tmp_path, cluster, SLURM_ARRAY_TASK_ID="0", SHARDS="2")
+    assert first.returncode == 0, first.stderr
+    done = task("merge.sbatch", tmp_path, cluster, SHARDS="2")
+    assert done.returncode == 2
+    assert "2-of-2 is not a folder" in done.stderr
+    assert not (tmp_path / "index").exists()
+
+
+def test_array_task_makes_an_index_of_one_file(
+    model: Path, tiny_data: Path, tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    lines = (tiny_data / "corpus.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "files").mkdir()
+    for name, part in (("a", lines[:48]), ("b", lines[48:])):
+        (tmp_path / "files" / f"{name}.jsonl").write_text("".join(part), encoding="utf-8")
+    cluster["CORPUS"] = str(tmp_path / "files")
+    done = task("export_parts.sbatch", tmp_path, cluster, SLURM_ARRAY_TASK_ID="1")
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "index" / "b") == export(
+        model, list(read_corpus(tiny_data))[48:], tmp_path / "whole"
+    )
+    again = task("export_parts.sbatch", tmp_path, cluster, SLURM_ARRAY_TASK_ID="1")
+    assert "the part is finished" in again.stdout
+    beyond = task("export_parts.sbatch", tmp_path, cluster, SLURM_ARRAY_TASK_ID="2")
+    assert (beyond.returncode, "holds 2. Use --array=0-1" in beyond.stderr) == (2, True)
+
+
+def test_training_starts_on_every_node(tmp_path: Path) -> None:
+    for name, body in {
+        "scontrol": 'echo "node1\nnode2"',
+        "srun": 'echo "$@"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    variables = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
+    variables |= {"SLURM_GPUS_ON_NODE": "8", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = call(
+        ["bash", str(ROOT / "launch/slurm/train.sbatch"), "a.yaml", "--output", "x y"], tmp_path, **variables
+    )
+    assert done.stdout.split("\n")[0] == (
+        "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_id 7 --rdzv_backend c10d --rdzv_endpoint node1:29500 "
+        "--no-python endex train a.yaml --output x y"
+    )
+
+
+# --- Ray ---
+
+
+@pytest.fixture(scope="module")
+def large_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of two blocks of 4,096: workers of Ray are processes of their own."""
+    path = tmp_path_factory.mktemp("large") / "corpus.jsonl"
+    rows = ({"_id": f"d{row}", "text": f"w{row % 120} w{row % 119} w{row % 113}"} for row in range(4100))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def ray(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    pytest.importorskip("ray")
+    script = [sys.executable, str(ROOT / "launch/ray/export.py")]
+    return call([*script, *words, "--num_gpus", "0"], folder, RAY_USAGE_STATS_ENABLED="0")
+
+
+def test_ray_tasks_and_merge_give_one_export(model: Path, large_corpus: Path, tmp_path: Path) -> None:
+    words = [str(model), str(large_corpus), "--out", "index", "--shards", "2", "--json"]
+    done = ray(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["ntotal"] == 4100
+    assert content(tmp_path / "index") == export(model, list(read_corpus(large_corpus)), tmp_path / "whole")
+    assert not (tmp_path / "index.shards").exists()
+
+
+def test_ray_reports_a_mistake_in_one_line(model: Path, large_corpus: Path, tmp_path: Path) -> None:
+    many = ray([str(model), str(large_corpus), "--out", "index", "--shards", "3"], tmp_path)
+    assert (many.returncode, many.stderr.count("\n")) == (2, 1)
+    assert "too few for 3 shards" in many.stderr
+    missing = ray([str(tmp_path), str(large_corpus), "--out", "index", "--shards", "1"], tmp_path)
+    assert missing.returncode == 2
+    assert "has no manifest.json" in missing.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def parts(model: Path, tiny_data: Path, tmp_path: Path) -> list[Path]:
+    documents = list(read_corpus(tiny_data))
+    export(model, documents[:48], tmp_path / "part1")
+    export(model, documents[48:], tmp_path / "part2")
+    return [tmp_path / "part1", tmp_path / "part2"]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def ask(port: int, body: bytes) -> tuple[int, dict[str, Any]]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("POST", "/", body)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+def test_served_parts_answer_as_one_index(parts: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("ray.serve")
+    merge_indexes(parts, tmp_path / "whole")
+    scores, ids = Searcher(tmp_path / "whole").search(["w1 w2 w3"], 7)
+    port = free_port()
+    script = [sys.executable, str(ROOT / "launch/ray/serve.py"), *map(str, parts)]
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(
+            [*script, "--port", str(port), "--num_cpus", "0.1"],
+            env=environment(RAY_USAGE_STATS_ENABLED="0"),
+            stdout=log,
+            stderr=log,
+        ) as server,
+    ):
+        try:
+            status, answer = wait_for(port, b'{"query": "w1 w2 w3", "k": 7}', server)
+            wrong = [
+                ask(port, body)[0]
+                for body in (b"x", b"[]", b'{"query": "", "k": 7}', b'{"query": "a", "k": 0}')
+            ]
+        finally:
+            server.send_signal(signal.SIGINT)
+            server.wait(60)
+    assert status == 200
+    assert [hit["score"] for hit in answer["hits"]] == pytest.approx(scores[0].tolist(), abs=1e-6)
+    assert [hit["id"] for hit in answer["hits"]] == ids[0]
+    assert all(hit["text"] for hit in answer["hits"])
+    assert wrong == [400] * 4
+
+
+def wait_for(port: int, body: bytes, server: subprocess.Popen[bytes]) -> tuple[int, dict[str, Any]]:
+    """Return the first answer that is not of a server that still starts."""
+    for _ in range(240):
+        assert server.poll() is None, "the server stopped"
+        try:
+            found = ask(port, body)
+        except (OSError, http.client.HTTPException, json.JSONDecodeError):
+            time.sleep(0.5)
+        else:
+            return found
+    raise TimeoutError
+
+
+def test_parts_of_different_models_are_not_served(
+    parts: list[Path],
+) -> None:
+    manifest = parts[1] / "manifest.json"
+    stored = json.loads(manifest.read_text(encoding="utf-8")) | {"model": "another"}
+    manifest.write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(InputError, match=r"part2 was made with another model than .*part1"):
+        run([str(part) for part in parts])
+
+
+def test_best_of_parts_is_stable() -> None:
+    answers = [[{"id": "a", "score": 2.0}, {"id": "b", "score": 1.0}], [{"id": "c", "score": 2.0}], []]
+    assert [hit["id"] for hit in best_of(answers, 2)] == ["a", "c"]
