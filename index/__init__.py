@@ -1,16 +1,15 @@
 """Codes -> FAISS -> answers. The only package that imports FAISS, and only when it is used."""
 
 from index.artifact import (
-    ExportEstimate,
     ExportReport,
     ShardReport,
-    estimate_export,
     export_index,
     export_shard,
 )
 from index.clustering import FaissFit
 from index.config import IndexConfig
 from index.encode import Shard, count_blocks
+from index.estimate import ExportEstimate, estimate_export
 from index.gpu import GpuPlan, IndexShape, plan_gpu, to_gpu
 from index.merge import merge_indexes
 from index.parity import Parity, ParityError, assert_parity, prove_parity

@@ -9,15 +9,11 @@ autofaiss's keys, `codes.u8` and `head/` (from which any other form can be built
 from __future__ import annotations
 
 import os
-import resource
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +36,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "ExportEstimate",
     "ExportReport",
     "ShardReport",
     "describe_index",
-    "estimate_export",
     "export_index",
     "export_shard",
     "library_versions",
+    "load_model",
     "write_index",
 ]
 
@@ -74,99 +69,6 @@ class ShardReport:
     code_size: int  # bytes a document
     embed_seconds: float
     assign_seconds: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExportEstimate:
-    """What an export will take, from encoding a few documents."""
-
-    documents: int
-    seconds: float  # of encoding, on this device, by one process
-    memory_bytes: (
-        int  # peak of the process that builds the index: the model, and the index as often as it is copied
-    )
-    code_bytes: int  # codes of all documents
-    text_bytes: int  # stored texts and their offsets, 0 without
-    index_bytes: int  # FAISS file
-    disk_bytes: int  # the folder, and the unfinished one that it grows from
-
-    def __str__(self) -> str:
-        gigabytes = {name: f"{getattr(self, name) / 1e9:,.3f} GB" for name in SIZES}
-        return (
-            f"{self.documents:,} documents: encoding takes {self.seconds / 3600:,.2f} hours "
-            f"({self.documents / self.seconds:,.0f} documents/s)\n"
-            f"  memory {gigabytes['memory_bytes']}, disk {gigabytes['disk_bytes']}: codes {gigabytes['code_bytes']}, "
-            f"texts {gigabytes['text_bytes']}, index {gigabytes['index_bytes']}"
-        )
-
-
-SIZES = ("memory_bytes", "disk_bytes", "code_bytes", "text_bytes", "index_bytes")
-
-
-def estimate_export(
-    model_folder: Path,
-    documents: Iterable[Document],
-    *,
-    total: int,
-    config: IndexConfig,
-    batch_size: int = 64,
-    precision: Precision = "fp32",
-    device: str | None = None,
-    store_texts: bool = True,
-    sample: int = 512,
-) -> ExportEstimate:
-    """Encode the first documents and predict what the whole corpus takes; nothing is left on disk.
-
-    Args:
-        model_folder: See `export_index`, as the rest.
-        documents: The corpus; only its first documents are read.
-        total: Number of its documents.
-        config: Kind of the index.
-        batch_size: Documents a forward pass.
-        precision: Arithmetic of the tower.
-        device: torch device.
-        store_texts: Keep the texts.
-        sample: Documents to encode.
-    """
-    model = _load(model_folder, device)
-    export = model.head.export()
-    builder = config.builder(export)
-    some = list(islice(documents, sample))
-    options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "progress": False}
-    with tempfile.TemporaryDirectory() as folder:
-        encode_corpus(model, some[:64], Path(folder) / "warm", **options)
-        corpus = encode_corpus(model, some, Path(folder) / "part", store_texts=store_texts, **options)
-        sizes = {name: (corpus.folder / name).stat().st_size for name in corpus.files}
-        codes = np.fromfile(corpus.folder / "codes.u8", dtype=np.uint8).reshape(corpus.ntotal, -1)
-    texts = (sizes.get("documents.jsonl", 0) + sizes.get("documents.offsets", 0)) * total // corpus.ntotal
-    full, half = (
-        len(load_faiss().serialize_index(builder.build(export, part)))
-        for part in (codes, codes[: len(codes) // 2])
-    )
-    per_document = (full - half) / (len(codes) - len(codes) // 2) if len(codes) > 1 else full
-    index_bytes = int(full + per_document * (total - len(codes)))
-    code_bytes = total * model.head.code_size
-    ids = sizes["docid"] * total // corpus.ntotal
-    return ExportEstimate(
-        documents=total,
-        seconds=(corpus.embed_seconds + corpus.assign_seconds) * total / corpus.ntotal,
-        memory_bytes=resident_bytes() + 2 * index_bytes + 8 * total,
-        code_bytes=code_bytes,
-        text_bytes=texts,
-        index_bytes=index_bytes,
-        disk_bytes=index_bytes + code_bytes + texts + ids + folder_bytes(model_folder),
-    )
-
-
-def resident_bytes() -> int:
-    """Return the largest memory that this process has had."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def folder_bytes(folder: Path) -> int:
-    """Return the size of all files in a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def export_index(
@@ -207,7 +109,7 @@ def export_index(
     if not overwrite:
         refuse_existing(out)
     fingerprint = model_fingerprint(model_folder)
-    model = _load(model_folder, device)
+    model = load_model(model_folder, device)
     builder = config.builder(model.head.export())
     corpus = encode_corpus(
         model,
@@ -265,7 +167,7 @@ def export_shard(
     if not overwrite:
         refuse_existing(out)
     fingerprint = model_fingerprint(model_folder)
-    model = _load(model_folder, device)
+    model = load_model(model_folder, device)
     start, stop = shard.rows(total)
     place = {"shard": str(shard), "documents": total}
     corpus = encode_corpus(
@@ -304,7 +206,8 @@ def part_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.part")
 
 
-def _load(model_folder: Path, device: str | None) -> DualEncoder:
+def load_model(model_folder: Path, device: str | None) -> DualEncoder:
+    """Return a model on a device; by default a GPU where there is one."""
     return DualEncoder.load(model_folder).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from retriever import InputError
 
-__all__ = ["plot_probes"]
+__all__ = ["plot_probes", "plot_speeds"]
 
 
 def plot_probes(path: Path, curves: Mapping[str, Mapping[int, float]], measure: str) -> None:
@@ -16,12 +17,9 @@ def plot_probes(path: Path, curves: Mapping[str, Mapping[int, float]], measure: 
     Raises:
         InputError: If matplotlib is not installed, or does not know the file's ending.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import NullLocator, ScalarFormatter
-    except ImportError:
-        raise InputError("plots need matplotlib. Run: pip install 'endex[plot]'") from None
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = _figure(6, 4)
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
     axes = figure.add_subplot()
     probes = sorted({probe for curve in curves.values() for probe in curve})
     for name, curve in curves.items():
@@ -34,6 +32,60 @@ def plot_probes(path: Path, curves: Mapping[str, Mapping[int, float]], measure: 
     axes.set_ylabel(measure)
     axes.grid(alpha=0.3)
     axes.legend()
+    _write(figure, path)
+
+
+def plot_speeds(
+    path: Path,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    measure: str,
+    *,
+    ours: Collection[str] = (),
+) -> None:
+    """Draw a measure against queries a second, one line a curve of (queries/s, measure), and write it to `path`.
+
+    Args:
+        path: File to write; its ending is its kind.
+        curves: Points by name. A curve of one point is a point.
+        measure: Name of the measure.
+        ours: Names of the curves that are drawn solid; the others are dashed.
+
+    Raises:
+        InputError: If matplotlib is not installed, or does not know the file's ending.
+    """
+    figure = _figure(9, 5.5)
+    axes = figure.add_subplot()
+    for number, (name, curve) in enumerate(curves.items()):
+        speeds, values = zip(*sorted(curve), strict=True)
+        solid = name in ours
+        axes.plot(
+            speeds,
+            values,
+            color=f"C{number % 10}",
+            marker="o" if solid else "x",
+            markersize=5,
+            linestyle="-" if solid else "--",
+            linewidth=2 if solid else 1.2,
+            label=name,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("queries a second")
+    axes.set_ylabel(measure)
+    axes.grid(alpha=0.3, which="both")
+    figure.legend(loc="outside right upper", fontsize="small")
+    _write(figure, path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """Return an empty figure; sizes in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("plots need matplotlib. Run: pip install 'endex[plot]'") from None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _write(figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         figure.savefig(temporary, dpi=150)
