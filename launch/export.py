@@ -97,7 +97,9 @@ def run(words: list[str]) -> int:
             read_corpus(options.corpus),
             out,
             config=options.index,
-            total=count_documents(options.corpus),
+            total=count_documents(options.corpus)
+            if Path(options.corpus).exists()
+            else None,  # the Hub streams
             **encoding,
         )
         print(_report(options, report))
