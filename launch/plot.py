@@ -40,7 +40,8 @@ def plot_speeds(
     curves: Mapping[str, Sequence[tuple[float, float]]],
     measure: str,
     *,
-    ours: Collection[str] = (),
+    groups: Mapping[str, str] | None = None,
+    dashed: Collection[str] = (),
 ) -> None:
     """Draw a measure against queries a second, one line a curve of (queries/s, measure), and write it to `path`.
 
@@ -48,24 +49,27 @@ def plot_speeds(
         path: File to write; its ending is its kind.
         curves: Points by name. A curve of one point is a point.
         measure: Name of the measure.
-        ours: Names of the curves that are drawn solid; the others are dashed.
+        groups: Name of a curve -> its group; curves of a group share a colour. By default each is its own.
+        dashed: Names of the curves that are drawn dashed; the others are solid.
 
     Raises:
         InputError: If matplotlib is not installed, or does not know the file's ending.
     """
-    figure = _figure(9, 5.5)
+    figure = _figure(10, 5.5)
     axes = figure.add_subplot()
-    for number, (name, curve) in enumerate(curves.items()):
+    seen: dict[str, list[str]] = {}
+    for name, curve in curves.items():
+        group = (groups or {}).get(name, name)
+        seen.setdefault(group, []).append(name)
         speeds, values = zip(*sorted(curve), strict=True)
-        solid = name in ours
         axes.plot(
             speeds,
             values,
-            color=f"C{number % 10}",
-            marker="o" if solid else "x",
+            color=f"C{list(seen).index(group) % 10}",
+            marker="xos^v"[(len(seen[group]) - 1) % 5],
             markersize=5,
-            linestyle="-" if solid else "--",
-            linewidth=2 if solid else 1.2,
+            linestyle="--" if name in dashed else "-",
+            linewidth=1.2 if name in dashed else 2,
             label=name,
         )
     axes.set_xscale("log")
