@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from index.interchange import read_arrays
 from retriever.errors import InputError
 from retriever.heads import CoarseProductCodebooks, ProductCodebooks, unpack_codes
 from retriever.heads.base import list_number_size
@@ -163,12 +163,7 @@ def read_cuvs_bundle(path: Path) -> CuvsBundle:
     """
     if not path.is_file():
         raise InputError(f"{path} is missing. Give a file that write_cuvs_bundle wrote.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}. Write it again.") from None
+    metadata, arrays = read_arrays(path)
     if metadata.get("format") != FORMAT or set(arrays) != set(ARRAYS):
         raise InputError(
             f"{path} must be of format {FORMAT} with {', '.join(ARRAYS)}; got {metadata.get('format')} with "

@@ -11,9 +11,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from index._faiss import load_faiss
 from index.builders import FaissIndex, inverted_file, search_index
+from retriever.scores import Metric, score_matrix
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -84,19 +86,16 @@ def _decode_and_score(
     rows: Int[NDArray[np.int64], " n"],
 ) -> tuple[Float[NDArray[np.float32], "B k"], Int[NDArray[np.int64], "B k"]]:
     """Score the decoded vectors of rows."""
-    l2 = built.metric_type == load_faiss().METRIC_L2
+    metric: Metric = "l2" if built.metric_type == load_faiss().METRIC_L2 else "inner_product"
     scores = np.full((len(queries), k), -np.inf, np.float32)
     best = np.full((len(queries), k), -1, np.int64)
     for start in range(0, len(rows), PIECE):
         piece = rows[start : start + PIECE]
-        vectors = built.reconstruct_batch(piece)
-        values = queries @ vectors.T
-        if l2:
-            squares = (queries**2).sum(1)[:, None] + (vectors**2).sum(1)[None]
-            values = 1 - (squares - 2 * values) / 2
+        vectors = torch.from_numpy(built.reconstruct_batch(piece))
+        values = score_matrix(torch.tensor(queries), vectors, metric).numpy()
         values = np.hstack([scores, values])
         candidates = np.hstack([best, np.broadcast_to(piece, (len(queries), len(piece)))])
         order = np.argsort(-values, axis=1, kind="stable")[:, :k]
-        scores = np.take_along_axis(values, order, axis=1).astype(np.float32)
+        scores = np.take_along_axis(values, order, axis=1)
         best = np.take_along_axis(candidates, order, axis=1)
     return scores, best

@@ -46,6 +46,7 @@ __all__ = [
     "CodeSource",
     "ConvertReport",
     "decode",
+    "read_arrays",
     "read_bundle",
     "write_bundle",
 ]
@@ -301,6 +302,19 @@ def _write_safetensors(path: Path, streams: dict[str, _Stream], metadata: dict[s
         assert file.tell() == 8 + len(content) + end, "the pieces fill the shapes that the header states"
 
 
+def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Return the metadata and the arrays of a safetensors file.
+
+    Raises:
+        InputError: If it is damaged.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a whole safetensors file: {error}. Write it again.") from None
+
+
 def read_bundle(folder: Path) -> Bundle:
     """Read a bundle back, checked; its arrays are read into memory.
 
@@ -309,12 +323,7 @@ def read_bundle(folder: Path) -> Bundle:
     """
     check_folder(folder, "bundle")
     path = folder / ARRAYS
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file: {error}. Write it again.") from None
+    metadata, arrays = read_arrays(path)
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path} must be of format {FORMAT}, got {metadata.get('format')}. Write it again.")
     bundle = Bundle(

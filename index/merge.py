@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,7 @@ from index.artifact import ExportReport, describe_index, library_versions, write
 from index.config import IndexConfig
 from index.encode import BLOCK, SAMPLE, Shard
 from retriever import InputError
+from retriever.data import identifier_hash
 from retriever.dual_encoder import load_head
 from retriever.folder import check_folder, publish_folder, read_manifest
 
@@ -189,9 +189,9 @@ def _resolve_duplicates(sources: Sequence[_Source], update: bool) -> None:
     total = int(first_rows[-1])
     with tempfile.TemporaryFile() as file:
         for source in sources:
-            digests = (blake2b(name.encode(), digest_size=8).digest() for name in source.ids())
-            while piece := b"".join(islice(digests, BLOCK)):
-                file.write(piece)
+            hashes = map(identifier_hash, source.ids())
+            while piece := list(islice(hashes, BLOCK)):
+                file.write(np.array(piece, dtype="<u8").tobytes())
         file.flush()
         pairs = _equal_pairs(np.memmap(file, dtype="<u8", mode="r", shape=(total,)))
     wanted = {row for pair in pairs for row in pair}

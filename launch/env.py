@@ -58,13 +58,13 @@ def _version(name: str) -> str:
 
 def _faiss() -> dict[str, str]:
     from index._faiss import load_faiss
-    from index.gpu_rules import built_with_cuvs
+    from index.gpu_rules import built_with_cuvs, has_gpu_code
 
     try:
         faiss = load_faiss()
     except InputError as error:
         return {"faiss": str(error)}
-    cards = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+    cards = faiss.get_num_gpus() if has_gpu_code(faiss) else 0
     verdict = f"{cards} GPU(s){', with cuVS' if built_with_cuvs() else ''}" if cards else "CPU only"
     if torch.cuda.is_available() and not cards:
         verdict += "; torch sees a GPU: for search on it install the extra [gpu] or [cuvs] instead of [cpu]"

@@ -91,15 +91,14 @@ def run(words: list[str]) -> int:
         report = _export_on_all(options, model, out, encoding)
         if report:
             print(_report(options, report))
-    else:
+    else:  # a Hub data set is not streamed twice, only for the bar
+        known = count_documents(options.corpus) if Path(options.corpus).exists() else None
         report = export_index(
             model,
             read_corpus(options.corpus),
             out,
             config=options.index,
-            total=count_documents(options.corpus)
-            if Path(options.corpus).exists()
-            else None,  # the Hub streams
+            total=known,
             **encoding,
         )
         print(_report(options, report))
@@ -124,9 +123,8 @@ def _export_on_all(options: Any, model: Path, out: Path, encoding: dict[str, Any
         refuse_existing(out)
     total = count_documents(options.corpus)
     folders = shard_folders(out, min(processes, count_blocks(total)))
-    if (
-        rank < len(folders) and not (folders[rank] / MANIFEST).is_file()
-    ):  # an earlier call may have finished it
+    # an earlier call may have finished the shard
+    if rank < len(folders) and not (folders[rank] / MANIFEST).is_file():
         encoding = {**encoding, "overwrite": True, "progress": encoding["progress"] and rank == 0}
         if encoding["device"] is None and torch.cuda.is_available():
             encoding["device"] = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"

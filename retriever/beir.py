@@ -8,7 +8,6 @@ A folder holds `corpus.jsonl[.gz]` (`_id`, `title`, `text`), `queries.jsonl[.gz]
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import re
 import zlib
@@ -19,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from retriever.data import Document
+from retriever.data import Document, identifier_hash
 from retriever.errors import InputError
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ class IdSet:
 
     def add(self, identifier: str) -> bool:
         """Add an identifier and return True; return False if it is perhaps there already."""
-        key = int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little")
+        key = identifier_hash(identifier)
         if key in self._recent or any(_holds(run, key) for run in self._runs):
             return False
         self._recent.add(key)

@@ -103,10 +103,14 @@ def join_tokens(first: Tokens, second: Tokens) -> Tokens:
     }
 
 
+def identifier_hash(identifier: str) -> int:
+    """Return a 64-bit hash of an identifier, equal on every machine."""
+    return int.from_bytes(hashlib.blake2b(identifier.encode(), digest_size=8).digest(), "little")
+
+
 def document_key(identifier: str) -> int:
     """Return a non-zero 63-bit key of an identifier, equal on every machine."""
-    digest = hashlib.blake2b(identifier.encode(), digest_size=8).digest()
-    return (int.from_bytes(digest, "little") >> 1) | 1
+    return (identifier_hash(identifier) >> 1) | 1
 
 
 def other_relevant(

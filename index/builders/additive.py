@@ -18,7 +18,7 @@ from index.builders.base import (
     split_lists,
     vector_dim,
 )
-from index.builders.lists import learned_centroids
+from index.builders.lists import coarse_quantizer, default_nprobe, learned_centroids, take_quantizer
 from retriever.heads import (
     AdditiveCodebooks,
     CoarseAdditiveCodebooks,
@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
     from numpy.typing import NDArray
 
-__all__ = ["ROWS", "decoded_lists", "exact_search_type", "set_additive_codebooks", "with_norms"]
+__all__ = [
+    "ROWS",
+    "decoded_lists",
+    "empty_lists",
+    "exact_search_type",
+    "set_additive_codebooks",
+    "with_norms",
+]
 
 ROWS = 65_536  # documents worked on at once, to bound memory
 
@@ -53,6 +60,26 @@ def set_additive_codebooks(built: FaissIndex, codewords: Float[NDArray[np.float3
     quantizer.train_type = load_faiss().ResidualQuantizer.Skip_codebook_tables
     quantizer.is_trained = True
     built.is_trained = True
+
+
+def empty_lists(family: type[FaissIndex], export: CoarseAdditiveCodebooks, nprobe: int | None) -> FaissIndex:
+    """Return an index of `family`, inverted lists of additive codes of residuals, that holds no document yet."""
+    centroids = learned_centroids(export)
+    quantizer = coarse_quantizer(centroids, export.metric)
+    built = family(
+        quantizer,
+        vector_dim(export),
+        len(centroids),
+        len(export.codebooks),
+        code_bits(export),
+        faiss_metric(export),
+        exact_search_type(export),
+    )
+    take_quantizer(built, quantizer)
+    set_additive_codebooks(built, export.codebooks.numpy())
+    built.by_residual = True
+    built.nprobe = default_nprobe(nprobe, built.nlist)
+    return built
 
 
 def with_norms(

@@ -8,15 +8,9 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from index._faiss import load_faiss
-from index.builders.additive import exact_search_type, set_additive_codebooks, with_norms
-from index.builders.base import FaissIndex, IndexBuilder, code_bits, faiss_metric, split_lists, vector_dim
-from index.builders.lists import (
-    check_nprobe,
-    coarse_quantizer,
-    default_nprobe,
-    learned_centroids,
-    take_quantizer,
-)
+from index.builders.additive import empty_lists, with_norms
+from index.builders.base import FaissIndex, IndexBuilder, split_lists
+from index.builders.lists import check_nprobe
 from retriever.heads import CoarseAdditiveCodebooks, FaissExport, pack_list_numbers
 
 if TYPE_CHECKING:
@@ -47,21 +41,7 @@ class IVFRQBuilder(IndexBuilder):
 
     def _fill(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         assert isinstance(export, CoarseAdditiveCodebooks), "checked above"
-        centroids = learned_centroids(export)
-        quantizer = coarse_quantizer(centroids, export.metric)
-        built = load_faiss().IndexIVFResidualQuantizer(
-            quantizer,
-            vector_dim(export),
-            len(centroids),
-            len(export.codebooks),
-            code_bits(export),
-            faiss_metric(export),
-            exact_search_type(export),
-        )
-        take_quantizer(built, quantizer)
-        set_additive_codebooks(built, export.codebooks.numpy())
-        built.by_residual = True
-        built.nprobe = default_nprobe(self.nprobe, built.nlist)
+        built = empty_lists(load_faiss().IndexIVFResidualQuantizer, export, self.nprobe)
         lists, residuals = split_lists(export, codes)
         prefix = pack_list_numbers(lists, built.nlist)
         built.add_sa_codes(np.hstack([prefix, with_norms(built, export, residuals)]))

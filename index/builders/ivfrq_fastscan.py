@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from index._faiss import load_faiss
-from index.builders.additive import decoded_lists, exact_search_type, set_additive_codebooks
-from index.builders.base import FaissIndex, code_bits, faiss_metric, vector_dim
+from index.builders.additive import decoded_lists, empty_lists
+from index.builders.base import FaissIndex
 from index.builders.fastscan import FastScanBuilder, pack_list_blocks, refuse_l2
-from index.builders.lists import (
-    check_nprobe,
-    coarse_quantizer,
-    default_nprobe,
-    learned_centroids,
-    take_quantizer,
-)
+from index.builders.lists import check_nprobe
 from retriever.heads import CoarseAdditiveCodebooks, FaissExport
 
 if TYPE_CHECKING:
@@ -53,22 +47,8 @@ class IVFRQFastScanBuilder(FastScanBuilder):
     def _scan(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         """Return the index, to which FAISS has no conversion: it takes the lists of a product quantizer's."""
         assert isinstance(export, CoarseAdditiveCodebooks), "checked above"
-        centroids, books = learned_centroids(export), len(export.codebooks)
-        quantizer = coarse_quantizer(centroids, export.metric)
-        built = load_faiss().IndexIVFResidualQuantizerFastScan(
-            quantizer,
-            vector_dim(export),
-            len(centroids),
-            books,
-            code_bits(export),
-            faiss_metric(export),
-            exact_search_type(export),
-        )
-        take_quantizer(built, quantizer)
-        set_additive_codebooks(built, export.codebooks.numpy())
-        built.by_residual = True
-        built.nprobe = default_nprobe(self.nprobe, built.nlist)
-        blocks = pack_list_blocks(codes, books, built.nlist)
+        built = empty_lists(load_faiss().IndexIVFResidualQuantizerFastScan, export, self.nprobe)
+        blocks = pack_list_blocks(codes, len(export.codebooks), built.nlist)
         assert (blocks.M2, blocks.bbs) == (built.M2, built.bbs), "blocks of one layout"
         blocks.own_invlists = False
         built.replace_invlists(blocks.invlists, True)
