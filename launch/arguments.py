@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from retriever.errors import InputError
-from training.experiment import clear_message
+from training.recipe import clear_message
 
 __all__ = ["parse", "verb_parser"]
 

@@ -6,7 +6,7 @@ import json
 import sys
 
 from training import Trainer, parse_experiment
-from training.experiment import experiment_parser
+from training.recipe import experiment_parser
 
 __all__ = ["run"]
 

@@ -8,7 +8,8 @@ import yaml
 
 from retriever import InputError
 from training.checkpoint import latest_checkpoint
-from training.experiment import Experiment, dump_experiment, load_experiment
+from training.experiment import Experiment
+from training.recipe import dump_experiment, load_experiment
 from training.tracking import flatten
 
 __all__ = ["checkpoint_to_continue", "refuse_finished"]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from training.experiment import Experiment, dump_experiment
+from training.experiment import Experiment
+from training.recipe import dump_experiment
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

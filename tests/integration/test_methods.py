@@ -47,6 +47,7 @@ from training.losses import (
     MCLConfig,
     ScoredBatch,
 )
+from training.run import TrainingRun
 from training.scoring import score_batch
 
 B, DOCUMENTS = 16, 80
@@ -179,10 +180,10 @@ def test_training_turns_a_learned_rotation_and_keeps_it_orthonormal(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rotation: str
 ) -> None:
     starts: list[Tensor] = []
-    warm_start = Trainer._warm_start
+    warm_start = TrainingRun.warm_start
     monkeypatch.setattr(
-        Trainer,
-        "_warm_start",
+        TrainingRun,
+        "warm_start",
         lambda self: (warm_start(self), starts.append(self.model.head.rotation.detach().clone())),
     )
     head = replace(PQ, rotation=rotation, distortion_weight=1.0, estimator="identity", rotation_lr=1.0)
@@ -241,14 +242,14 @@ def test_a_run_with_frozen_documents_has_the_first_loss_of_one_that_encodes_them
 def codes_at_start(monkeypatch: pytest.MonkeyPatch, source: Path) -> list[np.ndarray]:
     """Return a list that the warm start of a trainer fills with the packed codes of the corpus."""
     found: list[np.ndarray] = []
-    warm_start, documents = Trainer._warm_start, list(read_corpus(source))
+    warm_start, documents = TrainingRun.warm_start, list(read_corpus(source))
 
-    def record(self: Trainer) -> None:
+    def record(self: TrainingRun) -> None:
         warm_start(self)
         head = self.model.head
         found.append(head.pack(head.encode(embed_documents(self.model, documents))))
 
-    monkeypatch.setattr(Trainer, "_warm_start", record)
+    monkeypatch.setattr(TrainingRun, "warm_start", record)
     return found
 
 
@@ -357,8 +358,8 @@ def test_live_negatives_are_the_best_documents_that_are_not_relevant(
     model, data = experiment.model.build(experiment.head).eval(), read_data(tiny_data, "train")
     vectors = embed_documents(model, list(data.documents.values())).double()
     batch = batches[0][0]
-    keys = trainer.corpus.rows(batch.document_keys)
-    relevant = trainer.corpus.rows(batch.relevant_keys[:, 0])
+    keys = trainer.run.corpus.rows(batch.document_keys)
+    relevant = trainer.run.corpus.rows(batch.relevant_keys[:, 0])
     names = {row: name for name, found in data.qrels.items() for row in [list(data.documents).index(*found)]}
     for query, row in enumerate(relevant.tolist()):
         q = embed_queries(model, [data.queries[names[row]]]).double()
@@ -414,7 +415,7 @@ def test_labels_of_the_teacher_are_the_documents_that_the_towers_rank_first(
     q = embed_queries(model, [data.queries[name] for name in data.qrels]).double()
     best = torch.cdist(q, x).argmin(1)
     ids = list(data.documents)
-    assert trainer.data.qrels == {
+    assert trainer.run.data.qrels == {
         name: {ids[row]: 1} for name, row in zip(data.qrels, best.tolist(), strict=True)
     }
 
@@ -424,13 +425,13 @@ def test_a_frozen_teacher_is_the_towers_at_the_heads_start(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     starts: list[dict[str, list[Tensor]]] = []
-    warm_start = Trainer._warm_start
+    warm_start = TrainingRun.warm_start
 
-    def record(self: Trainer) -> None:
+    def record(self: TrainingRun) -> None:
         warm_start(self)
         starts.append({side: [v.clone() for v in values] for side, values in towers(self.model).items()})
 
-    monkeypatch.setattr(Trainer, "_warm_start", record)
+    monkeypatch.setattr(TrainingRun, "warm_start", record)
     loss = DistillationConfig(teacher=kind, label_weight=1.0)
     trainer = Trainer(
         make_experiment(
@@ -440,11 +441,11 @@ def test_a_frozen_teacher_is_the_towers_at_the_heads_start(
     )
     trainer.fit()
     if kind == "live":
-        assert trainer.candidates.teacher is None
+        assert trainer.run.candidates.teacher is None
         return
-    teacher = towers(trainer.candidates.teacher)
+    teacher = towers(trainer.run.candidates.teacher)
     assert all(equal(teacher[side], starts[0][side]) for side in teacher)
-    assert not equal(teacher["query"], towers(trainer.model)["query"])
+    assert not equal(teacher["query"], towers(trainer.run.model)["query"])
 
 
 # --- resuming ---

@@ -1,0 +1,228 @@
+"""TrainingRun: everything that a training loop works with, made from an experiment.
+
+Devices, data, model, optimizer, batches, checkpoints; the loop itself is in `training/trainer.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from retriever import (
+    Collator,
+    Document,
+    InputError,
+    RetrievalData,
+    TokenBatch,
+    embed_documents,
+    embed_queries,
+    read_data,
+)
+from retriever.data import document_key
+from retriever.heads import QuantizerFit
+from training.candidates import build_candidates, freeze_towers
+from training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from training.evaluate import embed_in_shares, search_exhaustively, select_evaluation
+from training.experiment import Experiment, OptimizationConfig
+from training.negatives import BatchPlan, PairDataset
+from training.optimizer import parameter_groups
+from training.recipe import dump_experiment
+from training.run_folder import checkpoint_to_continue
+
+__all__ = ["TrainingRun"]
+
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+class TrainingRun:
+    """Devices, data, model, optimizer and progress of one run.
+
+    Args:
+        experiment: The whole configuration.
+        fit: Gives heads their starting values.
+        start_vectors: Returns the vectors that the starting towers give documents, where they are known already.
+
+    Raises:
+        InputError: If data or model are not fit for the run.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        fit: QuantizerFit,
+        start_vectors: Callable[[Sequence[Document]], Tensor] | None = None,
+    ) -> None:
+        self.experiment, self.quantizer_fit, self.start_vectors = experiment, fit, start_vectors
+        self.folder = Path(experiment.output)
+        self.progress = Progress()
+        optimization = experiment.optimization
+        AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+        self.accelerator = Accelerator(
+            mixed_precision=PRECISIONS[optimization.precision],
+            log_with=experiment.tracking.trackers or None,
+            project_dir=str(self.folder),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.processes = self.accelerator.num_processes
+        self._check_batch(optimization)
+        self.data = read_data(experiment.data.source, experiment.data.train_split)
+        self.evaluation = self._read_evaluation()
+        torch.manual_seed(experiment.seed)
+        self.model = experiment.model.build(experiment.head).to(self.accelerator.device)
+        self.loss = experiment.loss.build()
+        freeze_towers(self.model, optimization.freeze)
+        self.candidates = build_candidates(experiment, self.model, self.data.documents.values(), self.embed)
+        self.corpus = self.candidates.corpus
+        self._plan_pairs()
+        compresses = experiment.head.name != "none"
+        experiment.head.check_sample(min(len(self._warm_start_ids()), optimization.warm_start_documents))
+        self.head_start = round(optimization.dense_warmup * self.steps) if compresses else self.steps
+        optimizer = torch.optim.AdamW(parameter_groups(self.model, optimization), fused=True)
+        self.state = nn.ModuleDict({"model": self.model, "loss": self.loss, "candidates": self.candidates})
+        self.state.to(self.accelerator.device)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+
+    def rounds(self) -> Iterator[TokenBatch]:
+        """Yield this device's batches: `accumulation` rounds of each remaining step."""
+        optimization = self.experiment.optimization
+        size = optimization.batch_size // (optimization.accumulation * self.processes)
+        offsets = [
+            (a * self.processes + self.accelerator.process_index) * size
+            for a in range(optimization.accumulation)
+        ]
+        plan = self.plan.steps(self.progress.step, self.steps, slice(None))
+        frozen = optimization.freeze != "none"  # documents are then vectors already
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[batch[start : start + size] for batch in plan for start in offsets],
+            collate_fn=Collator(
+                self.model.tokenize_queries, (lambda _: {}) if frozen else self.model.tokenize_documents
+            ),
+            generator=torch.Generator(),  # its own, or its start would draw from the step's random numbers
+        )
+        for batch in loader:
+            yield batch.to(self.accelerator.device)
+
+    def embed(self, documents: Sequence[Document]) -> Tensor:
+        """Return the current vectors of documents, on the device; every process embeds a share."""
+        if self.start_vectors and self.progress.step == 0:
+            return self.start_vectors(documents).to(self.accelerator.device)
+        precision = self.experiment.optimization.precision
+        return embed_in_shares(
+            documents,
+            lambda part: embed_documents(self.model, part, precision=precision),
+            self.accelerator.device,
+        )
+
+    def corpus_vectors(self) -> Tensor | None:
+        """Return the current vectors of the whole corpus, where it is kept."""
+        if self.corpus is None:
+            return None
+        return self.embed(self.corpus.documents) if self.corpus.vectors is None else self.corpus.vectors
+
+    def warm_start(self) -> None:
+        """Give the head its starting values from the current vectors of a sample of documents."""
+        optimization = self.experiment.optimization
+        ids = self._warm_start_ids()
+        generator = torch.Generator().manual_seed(self.experiment.seed)
+        chosen = torch.randperm(len(ids), generator=generator).tolist()[: optimization.warm_start_documents]
+        documents = [self.data.documents[ids[row]] for row in chosen]
+        whole = self.corpus_vectors()
+        if self.corpus is None or whole is None:
+            vectors = self.embed(documents)
+        else:
+            vectors = whole[[self.corpus.row[document_key(document.id)] for document in documents]]
+        head = self.model.head
+        if self.accelerator.is_main_process:
+            head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
+        if self.processes > 1:
+            for value in head.state_dict().values():
+                torch.distributed.broadcast(value, 0)
+        self.candidates.start(self.model, whole)
+
+    def restore(self, resume: bool) -> None:
+        """Continue from the newest checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = checkpoint_to_continue(self.folder, self.experiment) if resume else None
+        if path is None:
+            return
+        self.progress, scaler = load_checkpoint(path, model=self.state, optimizer=self.optimizer)
+        if self.progress.processes != self.processes:
+            raise InputError(
+                f"{path} was written by {self.progress.processes} processes and cannot continue exactly on "
+                f"{self.processes}. Start as many processes as before."
+            )
+        if scaler and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(scaler)
+
+    def save_checkpoint(self) -> None:
+        """Publish the state after this step, from the main process."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            self.progress.processes = self.processes
+            save_checkpoint(
+                self.folder / "checkpoints",
+                model=self.state,
+                optimizer=self.optimizer,
+                progress=self.progress,
+                experiment_yaml=dump_experiment(self.experiment),
+                scaler=scaler.state_dict() if scaler else None,
+                keep=self.experiment.checkpoint.keep,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _plan_pairs(self) -> None:
+        """Decide which pairs each step sees."""
+        data, optimization = self.experiment.data, self.experiment.optimization
+        if data.labels == "teacher":
+            self.data = self._label_by_teacher()
+        self.dataset = PairDataset(self.data, data.negatives_per_query)
+        del self.dataset.rows[data.max_pairs or len(self.dataset.rows) :]
+        self.plan = BatchPlan(
+            lengths=[self.dataset.length(row) for row in range(len(self.dataset))],
+            batch_size=optimization.batch_size,
+            seed=self.experiment.seed,
+            bucket_batches=optimization.bucket_batches,
+        )
+        epochs = math.ceil(optimization.epochs * self.plan.batches_per_epoch)
+        self.steps = optimization.steps or max(1, epochs)
+
+    def _label_by_teacher(self) -> RetrievalData:
+        """Give every query of the split the document that the towers rank first, in the place of its judgements."""
+        texts = [self.data.queries[name] for name in self.data.qrels]
+        precision = self.experiment.optimization.precision
+        queries = embed_in_shares(
+            texts, lambda part: embed_queries(self.model, part, precision=precision), self.accelerator.device
+        )
+        documents = self.embed(list(self.data.documents.values()))
+        _, rows = search_exhaustively(queries, documents, 1, metric=self.model.head.metric)
+        ids = list(self.data.documents)
+        best = {name: {ids[row]: 1} for name, (row,) in zip(self.data.qrels, rows.tolist(), strict=True)}
+        return replace(self.data, qrels=best)
+
+    def _check_batch(self, optimization: OptimizationConfig) -> None:
+        shares = optimization.accumulation * self.processes
+        if optimization.batch_size % shares:
+            raise InputError(
+                f"optimization.batch_size must be a multiple of accumulation x processes, got "
+                f"{optimization.batch_size} and {optimization.accumulation} x {self.processes}."
+            )
+
+    def _read_evaluation(self) -> RetrievalData:
+        config, data = self.experiment.evaluation, self.experiment.data
+        source = data.evaluation_source or data.source
+        whole = read_data(source, data.evaluation_split)
+        return select_evaluation(whole, queries=config.queries, documents=config.documents)
+
+    def _warm_start_ids(self) -> list[str]:
+        if self.experiment.optimization.warm_start_from == "corpus":
+            return sorted(self.data.documents)
+        return sorted({document for _, document in self.dataset.rows})
