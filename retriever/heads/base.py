@@ -28,6 +28,7 @@ __all__ = [
     "FlatVectors",
     "HeadConfig",
     "HeadOutput",
+    "NeuralCodec",
     "ProductCodebooks",
     "QuantizerFit",
     "list_number_size",
@@ -140,6 +141,31 @@ class CoarseAdditiveCodebooks(AdditiveCodebooks):
     """
 
     centroids: Float[Tensor, "J D"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NeuralCodec(FaissExport):
+    """Codes that a network decodes (QINCo, UNQ): FAISS has no form for them and holds them behind a linear decoder.
+
+    That one only makes a short list; the scores that count are those of the head's `decode`. A head leaves
+    `additive` out: `index.decoders` computes it in closed form, from codes of the corpus and what the head decodes
+    them to.
+
+    Attributes:
+        dim: Dimension D.
+        num_codes: M, without the list number.
+        code_bits: log2 K.
+        centroids: One of each inverted list, whose number stands before the codes, (J, D) float32, in the space of
+            the decoded vectors; None where there are no lists.
+        additive: Codebooks whose sums come nearest to the decoded vectors; residual to `centroids` where there are
+            lists.
+    """
+
+    dim: int
+    num_codes: int
+    code_bits: int
+    centroids: Float[Tensor, "J D"] | None = None
+    additive: AdditiveCodebooks | None = None
 
 
 class QuantizerFit(Protocol):
