@@ -26,7 +26,7 @@ from index.config import IndexConfig
 from index.encode import EncodedCorpus, Shard, encode_corpus
 from index.on_disk import LISTS, build_on_disk
 from index.parity import prove_parity
-from retriever import Document, DualEncoder, InputError, Precision, model_fingerprint
+from retriever import Document, DualEncoder, InputError, Precision, map_queries, model_fingerprint
 from retriever.folder import publish_folder, refuse_existing, write_json
 from retriever.heads import CompressionHead
 
@@ -291,7 +291,8 @@ def _infos(
     built: FaissIndex, head: CompressionHead, vectors: Float[Tensor, "s D"], report: ExportReport
 ) -> dict[str, object]:
     """Return the report under autofaiss's keys (those that need no uncompressed copy of the corpus), and ours."""
-    queries: NDArray[np.float32] = vectors[:100].numpy()
+    mapped = map_queries(head, vectors)
+    queries: NDArray[np.float32] = mapped[:100].numpy()
     milliseconds = []
     for row in range(len(queries)):
         start = time.perf_counter()
@@ -299,8 +300,8 @@ def _infos(
         milliseconds.append(1000 * (time.perf_counter() - start))
     with torch.no_grad():
         device = next(iter(head.state_dict().values()), vectors).device
-        sample = vectors.to(device)
-        error = (head.decode(head.encode(sample)) - sample).norm(dim=1) / sample.norm(dim=1)
+        decoded = head.decode(head.encode(vectors.to(device))).cpu()  # documents are mapped as queries are
+        error = (decoded - mapped).norm(dim=1) / mapped.norm(dim=1)
     return {
         "size in bytes": report.index_bytes,
         "avg_search_speed_ms": float(np.mean(milliseconds)),
@@ -308,6 +309,7 @@ def _infos(
         "reconstruction error %": 100 * error.mean().item(),
         "nb vectors": report.ntotal,
         "vectors dimension": head.dim,
+        "index dimension": head.out_dim,
         "compression ratio": 4 * head.dim * report.ntotal / report.index_bytes,
         "code_size": report.code_size,
         "embed_seconds": report.embed_seconds,

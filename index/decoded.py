@@ -3,7 +3,7 @@
 They score as the index does, in the engine's inner product or L2 (not cosine: they are not of unit length), but take
 4 bytes a dimension again (2 in float16), and what the engine's own quantization or graph does to them adds error.
 
-Shapes: n documents, D dimensions.
+Shapes: n documents, D dimensions of the head's space.
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ def write_npy(
             header = {
                 "descr": f"<f{rounder.size}",
                 "fortran_order": False,
-                "shape": (len(source), source.head.dim),
+                "shape": (len(source), source.head.out_dim),
             }
             np.lib.format.write_array_header_1_0(file, header)
             file.writelines(rounder(block).tobytes() for block in source.vectors())
         shutil.copyfile(folder / "docid", temporary / "docid")
+        source.copy_query_map(temporary)
     return rounder.report(source)
 
 
@@ -86,7 +87,7 @@ def write_parquet(
     source = CodeSource(folder)
     rounder = _Rounder(dtype)
     texts = texts and source.has_texts
-    schema = document_columns(source.head.dim, dtype, texts=texts)
+    schema = document_columns(source.head.out_dim, dtype, texts=texts)
     blocks = record_batches(source, schema, (rounder(block) for block in source.vectors()), texts=texts)
     with publish_folder(out, "vectors", overwrite=overwrite, about=_about(source, dtype)) as temporary:
         per_file = -(-rows_per_file // BLOCK)
@@ -99,6 +100,7 @@ def write_parquet(
                         writer.write_batch(batch)
                         batch = next(blocks, None)
             number += 1
+        source.copy_query_map(temporary)
     return rounder.report(source)
 
 
@@ -171,11 +173,11 @@ class _Rounder:
         """Return what was written of a source."""
         return ConvertReport(
             ntotal=len(source),
-            dim=source.head.dim,
+            dim=source.head.out_dim,
             metric=source.export.metric,
             bytes_before=source.head.code_size,
-            bytes_after=self.size * source.head.dim,
+            bytes_after=self.size * source.head.out_dim,
             rounding=self.rounding,
             lossless=self.rounding == 0.0,
-            note=NOTE.format(metric=source.export.metric.replace("_", " ")),
+            note=NOTE.format(metric=source.export.metric.replace("_", " ")) + source.query_note,
         )

@@ -3,7 +3,11 @@
 A bundle holds everything that an engine needs that takes codebooks and codes; `index.decoded` writes vectors for
 engines that do not. Memory: the codebooks, one block and 8 bytes a document; an uncompressed index is read whole.
 
-Shapes: n documents, D dimensions, M codes a document, K = 2**nbits codewords, S = D // M, J inverted lists.
+A head that maps (CNT) compares queries and documents in a space of its own. What is written is then in that space, and
+`head/` beside it holds the map that a query must pass through before it is compared.
+
+Shapes: n documents, D dimensions of the head's space, M codes a document, K = 2**nbits codewords, S = D // M, J
+inverted lists.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLOCK",
+    "HEAD",
     "Bundle",
     "CodeSource",
     "ConvertReport",
@@ -53,6 +58,7 @@ __all__ = [
 
 FORMAT = "endex-bundle-1"
 ARRAYS = "arrays.safetensors"
+HEAD = "head"  # folder of the head, where queries must pass through it
 BLOCK = 4096  # documents decoded at once
 
 
@@ -62,7 +68,7 @@ class ConvertReport:
 
     Attributes:
         ntotal: Documents n.
-        dim: Dimensions D.
+        dim: Dimensions D, those of the head's space where it maps.
         metric: "inner_product" or "l2": the score that ranks as the index does; cosine does not.
         bytes_before: Of a document in the index.
         bytes_after: Of a document in what was written, without ids and texts.
@@ -115,7 +121,7 @@ class Bundle:
         return self.centroids is not None
 
     def decode(self, start: int, stop: int) -> Float[NDArray[np.float32], "n D"]:
-        """Return the vectors of documents `start` to `stop`, before the rotation: those that a query scores with."""
+        """Return the vectors of documents `start` to `stop`, before the rotation: those (mapped) queries score with."""
         lists = None if self.lists is None else self.lists[start:stop]
         found = decode(self.codebooks, self.centroids, self.codes[start:stop], lists, additive=self.additive)
         return found if self.rotation is None else found @ self.rotation
@@ -161,7 +167,17 @@ class CodeSource:
     @property
     def about(self) -> dict[str, Any]:
         """What a manifest says about where something came from."""
-        return {"model": self.manifest["model"], "ntotal": len(self), "dim": self.head.dim}
+        return {"model": self.manifest["model"], "ntotal": len(self), "dim": self.head.out_dim}
+
+    @property
+    def query_note(self) -> str:
+        """What a query needs before it is compared, for a report's note; empty where it needs nothing."""
+        return f"; pass queries through {HEAD}/ first (docs/engines.md)" if self.head.config.maps else ""
+
+    def copy_query_map(self, out: Path) -> None:
+        """Copy the head into a folder if queries must pass through it."""
+        if self.head.config.maps:
+            shutil.copytree(self.folder / "head", out / HEAD)
 
     @property
     def arrays(self) -> dict[str, Float[NDArray[np.float32], "..."]]:
@@ -184,7 +200,7 @@ class CodeSource:
             yield (codes[:, 0], codes[:, 1:]) if learned else (None, codes)
 
     def vectors(self) -> Iterator[Float[NDArray[np.float32], "n D"]]:
-        """Yield the vectors that documents are scored by, block by block, in the space of the query tower."""
+        """Yield the vectors that documents are scored by, block by block, in the space of (mapped) queries."""
         if isinstance(self.export, FlatVectors):
             built = load_faiss().read_index(str(self.folder / "index"))
             for start in range(0, len(self), BLOCK):
@@ -215,8 +231,8 @@ def write_bundle(folder: Path, out: Path, *, overwrite: bool = False) -> Convert
     """Write codebooks and codes of an index folder as a bundle folder.
 
     It holds `arrays.safetensors` (`codebooks`, `codes`, and where the head has them `rotation`, `centroids`, `lists`;
-    `format`, `metric`, `nbits`, `additive`, `orthonormal`, `by_residual` in its metadata), `docid` (one id a line) and
-    `manifest.json`. `Bundle` says what each is.
+    `format`, `metric`, `nbits`, `additive`, `orthonormal`, `by_residual` in its metadata), `docid` (one id a line),
+    `manifest.json`, and `head/` where queries must pass through it. `Bundle` says what each is.
 
     Args:
         folder: Index folder.
@@ -258,15 +274,16 @@ def write_bundle(folder: Path, out: Path, *, overwrite: bool = False) -> Convert
     with publish_folder(out, "bundle", overwrite=overwrite, about=source.about) as temporary:
         _write_safetensors(temporary / ARRAYS, streams, metadata)
         shutil.copyfile(folder / "docid", temporary / "docid")
+        source.copy_query_map(temporary)
     return ConvertReport(
         ntotal=len(source),
-        dim=source.head.dim,
+        dim=source.head.out_dim,
         metric=export.metric,
         bytes_before=source.head.code_size,
         bytes_after=books * (1 if nbits <= 8 else 2) + 4 * learned,
         rounding=0.0,
         lossless=True,
-        note="codebooks and codes as they are, one code an entry",
+        note=f"codebooks and codes as they are, one code an entry{source.query_note}",
     )
 
 

@@ -13,7 +13,7 @@ the decoded vectors again, which gives our codes except where codewords tie. Wha
 Vectors are stored behind the rotation, as the codebook is; a query is multiplied by `rotation.npy` first. Endex
 streams; the memory of Lance's own index build grows with the documents.
 
-Shapes: n documents, D dimensions, M codes a document, K codewords, J lists.
+Shapes: n documents, D dimensions of the head's space, M codes a document, K codewords, J lists.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from index.decoded import document_columns, record_batches
-from index.interchange import CodeSource, ConvertReport, decode
-from retriever import InputError
+from index.interchange import HEAD, CodeSource, ConvertReport, decode
+from retriever import InputError, map_queries
+from retriever.dual_encoder import load_query_map
 from retriever.folder import publish_folder, read_manifest
 from retriever.heads import FlatVectors, ProductCodebooks
 from retriever.scores import Metric
@@ -46,8 +48,8 @@ LANCE_METRIC: dict[Metric, str] = {"inner_product": "dot", "l2": "l2"}
 def write_lance(folder: Path, out: Path, *, texts: bool = True, overwrite: bool = False) -> ConvertReport:
     """Write an index folder as a Lance dataset with an index of our centroids and codebooks; nothing is trained.
 
-    The folder holds `documents.lance` (columns `id`, `vector` and, with texts, `title`, `text`) and, where the head has
-    one, `rotation.npy` (D, D).
+    The folder holds `documents.lance` (columns `id`, `vector` and, with texts, `title`, `text`), `rotation.npy` (D, D)
+    where the head has one, and `head/` where queries must pass through it.
 
     Args:
         folder: Index folder.
@@ -66,7 +68,7 @@ def write_lance(folder: Path, out: Path, *, texts: bool = True, overwrite: bool 
         )
     texts = texts and source.has_texts
     quantized = _quantizes(source)
-    schema = document_columns(source.head.dim, "float32", texts=texts)
+    schema = document_columns(source.head.out_dim, "float32", texts=texts)
     about = {**source.about, "metric": source.export.metric, "lists": len(_centroids(source))}
     with publish_folder(out, "lance", overwrite=overwrite, about=about) as temporary:
         batches = record_batches(source, schema, _rotated(source), texts=texts)
@@ -77,6 +79,7 @@ def write_lance(folder: Path, out: Path, *, texts: bool = True, overwrite: bool 
         shutil.rmtree(lists)
         if "rotation" in source.arrays:
             np.save(temporary / ROTATION, source.arrays["rotation"])
+        source.copy_query_map(temporary)
     return _report(source, quantized=quantized)
 
 
@@ -93,6 +96,9 @@ def search_lance(
     """
     manifest = read_manifest(folder, "lance")
     dataset = _load_lance().dataset(str(folder / DATASET))
+    query_map = load_query_map(folder / HEAD)
+    if query_map is not None:
+        queries = map_queries(query_map, torch.from_numpy(np.asarray(queries, dtype=np.float32))).numpy()
     if (folder / ROTATION).is_file():
         queries = queries @ np.load(folder / ROTATION).T
     scores, ids = [], []
@@ -124,7 +130,7 @@ def _quantizes(source: CodeSource) -> bool:
 
 def _centroids(source: CodeSource) -> Float[NDArray[np.float32], "J D"]:
     """Return the centroids; for a head without lists a single zero one, residuals to which are the vectors."""
-    return source.arrays.get("centroids", np.zeros((1, source.head.dim), dtype=np.float32))
+    return source.arrays.get("centroids", np.zeros((1, source.head.out_dim), dtype=np.float32))
 
 
 def _rotated(source: CodeSource) -> Iterator[Float[NDArray[np.float32], "n D"]]:
@@ -172,15 +178,17 @@ def _create_index(dataset: Any, source: CodeSource, lists: Path, *, quantized: b
 
 
 def _report(source: CodeSource, *, quantized: bool) -> ConvertReport:
-    vector = 4 * source.head.dim
+    vector = 4 * source.head.out_dim
     kind = "IVF_PQ with our codebooks" if quantized else "IVF_FLAT, since Lance has no IVF_PQ for these codes"
     return ConvertReport(
         ntotal=len(source),
-        dim=source.head.dim,
+        dim=source.head.out_dim,
         metric=source.export.metric,
         bytes_before=source.head.code_size,
         bytes_after=vector + (source.export.codebooks.shape[0] if quantized else vector),  # type: ignore[attr-defined]
         rounding=0.0,
         lossless=True,
-        note=f"{kind}; multiply queries by {ROTATION}" if "rotation" in source.arrays else kind,
+        note=kind
+        + source.query_note
+        + (f"; multiply queries by {ROTATION}" if "rotation" in source.arrays else ""),
     )

@@ -89,7 +89,7 @@ def merge_indexes(
         raise InputError(
             f"none of {', '.join(map(str, folders))} holds the model. Add shard 1 of N or an index of it."
         )
-    head = load_head(head_folder / "head")
+    head = load_head(head_folder / "head").eval()
     builder = (config or IndexConfig()).builder(head.export())
     _remove(sources, remove)
     _resolve_duplicates(sources, update)

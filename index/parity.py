@@ -3,7 +3,7 @@
 An exact form has to return the model's scores in their order. An inexact one (FastScan, scalar quantizers, graphs) has
 to return nearly the model's best documents, each family nearly as it says.
 
-Shapes: q queries, n documents, D dimensions, k results.
+Shapes: q queries, n documents, D dimensions, E dimensions in the head's space, k results.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from index.builders import FaissIndex, IndexBuilder, search_index
+from retriever import map_queries
 from retriever.heads import CompressionHead
 from retriever.scores import score_matrix
 
@@ -95,14 +96,15 @@ def prove_parity(
         built: Filled index; its lists are all to be probed.
         head: Head that made the codes.
         codes: Packed codes of all documents in index order.
-        queries: Vectors to search with; an inexact form, for which all documents are decoded, takes the first 100.
+        queries: Vectors to search with, not yet mapped; an inexact form, for which all documents are decoded, takes
+            the first 100.
 
     Raises:
         ParityError: If the index is not as near to the model as its family promises.
     """
     if builder.exact:
         return Parity(difference=assert_parity(built, head, codes, queries), overlap=1.0)
-    queries = queries[:100]
+    queries = map_queries(head, queries[:100])
     results = _search(built, head, codes, queries, 20)
     results.check_order()
     if builder.exact_scores:
@@ -134,7 +136,7 @@ def assert_parity(
         built: Filled index; it must look at every document, so lists are all to be probed.
         head: Head that made the codes.
         codes: Packed codes of all documents in index order.
-        queries: Vectors to search with.
+        queries: Vectors to search with, not yet mapped.
         k: Results a query.
         sample: Documents checked for having been missed.
 
@@ -144,6 +146,7 @@ def assert_parity(
     Raises:
         ParityError: If any check fails.
     """
+    queries = map_queries(head, queries)
     results = _search(built, head, codes, queries, k)
     if (results.rows < 0).any():
         raise ParityError("the index returned fewer documents than it holds")
@@ -167,14 +170,14 @@ def _search(
     built: FaissIndex,
     head: CompressionHead,
     codes: UInt8[NDArray[np.uint8], "n size"],
-    queries: Float[Tensor, "q D"],
+    queries: Float[Tensor, "q E"],
     k: int,
 ) -> _Results:
     """Search, and score the returned documents as the model does."""
     if built.ntotal != len(codes):
         raise ParityError(f"the index holds {built.ntotal} documents instead of {len(codes)}")
     scores, rows = search_index(built, queries.numpy(), min(k, len(codes)))
-    decoded = _decode(head, codes[np.maximum(rows, 0).ravel()]).view(*rows.shape, -1)  # (q, k, D)
+    decoded = _decode(head, codes[np.maximum(rows, 0).ravel()]).view(*rows.shape, -1)  # (q, k, E)
     expected = torch.stack(
         [
             score_matrix(query[None], documents, head.metric)[0]
@@ -189,7 +192,7 @@ def _overlap(
     results: _Results,
     head: CompressionHead,
     codes: UInt8[NDArray[np.uint8], "n size"],
-    queries: Float[Tensor, "q D"],
+    queries: Float[Tensor, "q E"],
 ) -> float:
     """Return the share of returned documents whose model score is among the best k of all; ties count as found."""
     exact, k = queries.double(), results.rows.shape[1]
@@ -202,7 +205,7 @@ def _overlap(
 
 
 @torch.no_grad()
-def _decode(head: CompressionHead, packed: UInt8[NDArray[np.uint8], "n size"]) -> Float[Tensor, "n D"]:
+def _decode(head: CompressionHead, packed: UInt8[NDArray[np.uint8], "n size"]) -> Float[Tensor, "n E"]:
     device = next(iter(head.state_dict().values()), torch.empty(0)).device
     codes = head.unpack(packed).to(device)
     return head.decode(codes).double().cpu()

@@ -1,6 +1,6 @@
 """Searcher: an index folder that answers text queries.
 
-Shapes: B queries, D dimensions, k results.
+Shapes: B queries, D dimensions of their vectors, E of the index (D unless the head maps), k results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,17 @@ from index.filters import search_among, search_parameters
 from index.gpu import to_gpu
 from index.lines import Lines
 from index.on_disk import read_index
-from retriever import Document, DualEncoder, Encoder, InputError, Precision, embed_queries, model_fingerprint
+from retriever import (
+    Document,
+    DualEncoder,
+    Encoder,
+    InputError,
+    Precision,
+    embed_queries,
+    map_queries,
+    model_fingerprint,
+)
+from retriever.dual_encoder import load_query_map
 from retriever.folder import check_folder
 from retriever.heads import NoCompressionConfig
 
@@ -67,6 +77,7 @@ class Searcher:
         self._clone: FaissIndex | None = None
         if nprobe is not None:
             self.probe(nprobe)
+        self._query_map = load_query_map(folder / "head")
         self._model = DualEncoder.load(model) if model else self._embedded_model(folder / "encoder")
         self._offsets, self._texts = self._map_texts()
         self._row_of: dict[str, int] | None = None
@@ -74,7 +85,7 @@ class Searcher:
     @property
     def dim(self) -> int:
         """Dimension D of query vectors."""
-        return int(self.faiss_index.d)
+        return int(self.faiss_index.d) if self._query_map is None else self._query_map.dim
 
     def probe(self, nprobe: int) -> None:
         """Probe so many inverted lists from now on.
@@ -125,7 +136,7 @@ class Searcher:
         Where there are fewer documents, the rest are rows -1 with scores -inf. Safe to call from several threads.
 
         Args:
-            vectors: Query vectors.
+            vectors: Query vectors, as `embed` returns them.
             k: Documents a query.
             nprobe: Inverted lists probed by this search.
             ids: Documents to choose from; by default all. An index with lists takes them from the lists it probes.
@@ -142,6 +153,9 @@ class Searcher:
             raise InputError("query vectors must be finite, got nan or inf. Check what computed them.")
         if nprobe is not None:
             self._lists(nprobe)
+        if self._query_map is not None:
+            rows = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
+            vectors = map_queries(self._query_map, rows).numpy()
         k = min(k, len(self.document_ids))
         if ids is None:
             built = self._clone or self.faiss_index
@@ -200,8 +214,10 @@ class Searcher:
         return Document(stored["_id"], stored["title"], stored["text"])
 
     def to(self, device: str | torch.device) -> Searcher:
-        """Move the query tower to a device."""
+        """Move the query tower, and the head's query map where there is one, to a device."""
         self._model.to(device)
+        if self._query_map is not None:
+            self._query_map.to(device)
         return self
 
     def _lists(self, nprobe: int) -> FaissIndex:

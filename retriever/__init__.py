@@ -13,7 +13,7 @@ from retriever.data import Collator, Document, TextPair, TokenBatch, Tokens
 from retriever.dual_encoder import DualEncoder, DualEncoderConfig, Embeddings, model_fingerprint
 from retriever.encoder import Encoder, EncoderSettings
 from retriever.errors import InputError
-from retriever.inference import Precision, embed_documents, embed_queries
+from retriever.inference import Precision, embed_documents, embed_queries, map_queries
 from retriever.static import static_encoder
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "Tokens",
     "embed_documents",
     "embed_queries",
+    "map_queries",
     "model_fingerprint",
     "read_corpus",
     "read_data",

@@ -1,6 +1,6 @@
 """DualEncoder: query tower, document tower and compression head as one model, and its folder on disk.
 
-Shapes: B queries, N documents, L tokens, D dimensions, M codes a document.
+Shapes: B queries, N documents, L tokens, D dimensions, E dimensions in the head's space, M codes a document.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from retriever.heads import HEADS, CompressionHead, HeadConfig, HeadOutput, NoCo
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["DualEncoder", "DualEncoderConfig", "Embeddings", "load_head", "save_head"]
+__all__ = ["DualEncoder", "DualEncoderConfig", "Embeddings", "load_head", "load_query_map", "save_head"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +98,19 @@ class DualEncoderConfig:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Vectors of a batch: queries (B, D), documents (N, D), and the head's output on the documents."""
+    """Vectors of a batch: queries (B, D), documents (N, D), and what the head makes of both.
+
+    Attributes:
+        queries: Of the query tower.
+        documents: Of the document tower, uncompressed.
+        compressed: The head's output on the documents.
+        mapped_queries: Queries in the space of the reconstructions.
+    """
 
     queries: Float[Tensor, "B D"]
     documents: Float[Tensor, "N D"]
     compressed: HeadOutput
+    mapped_queries: Float[Tensor, "B E"]
 
 
 class DualEncoder(nn.Module):
@@ -177,8 +185,9 @@ class DualEncoder(nn.Module):
         """
         if documents is None:
             documents = encode_by_length(self.document_encoder, batch.documents)
+        queries = self.encode_queries(batch.queries)
         head = self.head if compress else self._identity
-        return Embeddings(self.encode_queries(batch.queries), documents, head(documents))
+        return Embeddings(queries, documents, *head.compress_batch(documents, queries))
 
     def save(
         self,
@@ -293,11 +302,28 @@ def load_head(folder: Path) -> CompressionHead:
     Raises:
         InputError: If this version of Endex has no such head.
     """
+    stored, kind = _read_config(folder)
+    head = kind(**stored["config"]).build(stored["dim"])
+    head.load_state_dict(load_file(folder / "model.safetensors"))
+    return head
+
+
+def load_query_map(folder: Path) -> CompressionHead | None:
+    """Read a head's folder if it is there and queries must pass through the head (`map_queries`); else return None.
+
+    Raises:
+        InputError: If this version of Endex has no such head.
+    """
+    if not folder.is_dir():  # an index folder of 2026-11 and older
+        return None
+    _, kind = _read_config(folder)
+    return load_head(folder).eval() if kind.maps else None
+
+
+def _read_config(folder: Path) -> tuple[dict[str, Any], type[HeadConfig]]:
     stored = read_json(folder / "config.json")
     if stored["head"] not in HEADS:
         raise InputError(
             f"{folder} holds a head {stored['head']!r}; this Endex knows {', '.join(HEADS)}. Upgrade it."
         )
-    head = HEADS[stored["head"]](**stored["config"]).build(stored["dim"])
-    head.load_state_dict(load_file(folder / "model.safetensors"))
-    return head
+    return stored, HEADS[stored["head"]]

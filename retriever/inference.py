@@ -1,6 +1,6 @@
 """Texts -> vectors without gradients, in batches of similar length.
 
-Shapes: n texts, D dimensions.
+Shapes: n texts, D dimensions, E dimensions in the head's space.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from torch import Tensor
 from retriever.data import Document, Tokens
 from retriever.dual_encoder import DualEncoder
 from retriever.errors import InputError
+from retriever.heads import CompressionHead
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["Precision", "embed_documents", "embed_queries", "precision_context"]
+__all__ = ["Precision", "embed_documents", "embed_queries", "map_queries", "precision_context"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 T = TypeVar("T")
@@ -58,6 +59,13 @@ def embed_documents(
         batch_size,
         precision,
     )
+
+
+@torch.no_grad()
+def map_queries(head: CompressionHead, queries: Float[Tensor, "n D"]) -> Float[Tensor, "n E"]:
+    """Return query vectors on the CPU as the head's index compares them, wherever the head is."""
+    device = next(iter(head.state_dict().values()), queries).device
+    return head.map_queries(queries.to(device)).float().cpu()
 
 
 @torch.inference_mode()

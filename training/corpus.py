@@ -1,6 +1,6 @@
 """The training corpus as vectors and codes: for towers that are frozen, and for live negatives.
 
-Shapes: n documents, D dimensions, B queries, R known relevant documents.
+Shapes: n documents, D dimensions, E dimensions in the head's space, B queries, R known relevant documents.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class TrainingCorpus(nn.Module):
             depth: They are chosen at random among so many best, or are the best if `count` is as large.
             compressed: Score by the codes; else by the uncompressed vectors.
         """
+        if compressed:
+            queries = head.map_queries(queries)
         width = relevant_keys.shape[1]
         wanted = min(depth + width, len(self.documents))  # the relevant ones are taken out afterwards
         best_scores = queries.new_empty(len(queries), 0)
@@ -99,7 +101,7 @@ class TrainingCorpus(nn.Module):
             ranked = ranked.gather(1, draw.argsort(1)[:, :count])
         return ranked.flatten()
 
-    def _reconstruct(self, head: CompressionHead, start: int, compressed: bool) -> Float[Tensor, "rows D"]:
+    def _reconstruct(self, head: CompressionHead, start: int, compressed: bool) -> Float[Tensor, "rows E"]:
         if compressed:
             return head.decode(self.codes[start : start + ROWS_AT_ONCE].long())
         assert self.vectors is not None, (

@@ -128,14 +128,15 @@ def evaluate_model(
     q = embed_in_shares(
         texts, lambda part: embed_queries(model, part, batch_size=batch_size, precision=precision), device
     )
-    results = {"dense": x}
+    results = {"dense": (q, x)}
     if model.head.config.name != "none":
         with torch.no_grad():
             codes = model.compress(x)
-            results["compressed"] = torch.cat([model.head.decode(part) for part in codes.split(4096)])
+            decoded = torch.cat([model.head.decode(part) for part in codes.split(4096)])
+            results["compressed"] = (model.head.map_queries(q), decoded)
     metrics = {}
-    for kind, vectors in results.items():
-        scores, rows = search_exhaustively(q, vectors, DEPTH, metric=model.head.metric)
+    for kind, (queries, vectors) in results.items():
+        scores, rows = search_exhaustively(queries, vectors, DEPTH, metric=model.head.metric)
         found = measure(
             data.qrels, _run(names, scores.tolist(), [[ids[row] for row in r] for r in rows.tolist()])
         )

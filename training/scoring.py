@@ -1,6 +1,7 @@
 """Vectors of a batch -> scores of its queries with the documents of all devices.
 
-Shapes: B queries and n documents of this device, W devices, N documents scored, D dimensions.
+Shapes: B queries and n documents of this device, W devices, N documents scored, D dimensions. Compressed scores are
+those of the head's space, in which queries are mapped.
 
 Which documents a query is scored with, and where the gradient goes (MoPQ, arXiv:2104.07858, section 3.3):
 
@@ -54,18 +55,21 @@ def score_batch(
     join, head, own = JOIN[mode], vectors.compressed, len(vectors.documents)
     documents, reconstruction = join(vectors.documents), join(head.reconstruction)
     keys = all_gather(batch.document_keys) if mode != "in_batch" else batch.document_keys
-    queries, relevant, positives = vectors.queries, batch.relevant_keys, batch.positives
+    queries, mapped_queries = vectors.queries, vectors.mapped_queries
+    relevant, positives = batch.relevant_keys, batch.positives
     labels = positives + (_rank() * own if mode != "in_batch" else 0)
-    parts, log_assignment = (vectors.documents, head.reconstruction), head.log_assignment
+    parts, mapped, log_assignment = (vectors.documents, head.reconstruction), head.mapped, head.log_assignment
     if mode == "full":
-        queries, relevant = gather_detached(queries), gather_padded(relevant)
+        queries, mapped_queries = gather_detached(queries), gather_detached(mapped_queries)
+        relevant = gather_padded(relevant)
         labels = positives = all_gather(labels)
         parts = (documents, reconstruction)
+        mapped = None if mapped is None else gather_detached(mapped)
         log_assignment = None if log_assignment is None else gather_detached(log_assignment)
     repeated = repeated_documents(keys, labels)
     return ScoredBatch(
         dense=score_matrix(queries, documents, metric),
-        compressed=score_matrix(queries, reconstruction, metric),
+        compressed=score_matrix(mapped_queries, reconstruction, metric),
         labels=labels,
         ignore=other_relevant(keys, relevant, labels) | repeated,
         repeated=repeated,
@@ -73,8 +77,9 @@ def score_batch(
         reconstruction=parts[1],
         positives=positives,
         log_assignment=log_assignment,
-        coarse=None if head.coarse is None else score_matrix(queries, join(head.coarse), metric),
+        coarse=None if head.coarse is None else score_matrix(mapped_queries, join(head.coarse), metric),
         teacher=None if teacher is None else _teacher_scores(teacher, metric, mode),
+        mapped=mapped,
     )
 
 

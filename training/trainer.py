@@ -174,10 +174,10 @@ class Trainer:
     def _care_for_codebooks(self, step: int, seen: ScoredBatch) -> dict[str, float]:
         """Measure the codebooks' use and distortion; restart dead codewords."""
         run, head = self.run, self.run.model.head
-        error = (seen.documents - seen.reconstruction).detach().square().sum(1).mean().item()
+        error = (seen.originals - seen.reconstruction).detach().square().sum(1).mean().item()
         row = {"head/distortion": error, **{f"head/{k}": v for k, v in head.usage_statistics().items()}}
         generator = torch.Generator().manual_seed(self._seed(step, rank=0))
-        forget(run.optimizer, head.restart_dead_codes(all_gather(seen.documents.detach()), generator))
+        forget(run.optimizer, head.restart_dead_codes(all_gather(seen.originals.detach()), generator))
         return row
 
     def _start_or_refresh(self, step: int) -> None:

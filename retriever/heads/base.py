@@ -1,6 +1,7 @@
 """What every compression head is, and what it hands to an index.
 
-Shapes: N vectors, D dimensions, M codes a vector, K = 2**bits values a code, S = D // M sub-dimensions.
+Shapes: N vectors, D dimensions, E dimensions after compression (D unless the head maps), M codes a vector,
+K = 2**bits values a code, S = E // M sub-dimensions.
 """
 
 from __future__ import annotations
@@ -40,9 +41,14 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig(ABC):
-    """Base of the heads' configurations; choose one by `class_path`."""
+    """Base of the heads' configurations; choose one by `class_path`.
+
+    Attributes:
+        maps: Whether the head compares queries and documents in a space of its own; see `CompressionHead.map_queries`.
+    """
 
     name: ClassVar[str] = ""
+    maps: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, dim: int) -> CompressionHead:
@@ -61,20 +67,23 @@ class HeadOutput:
     """What a head returns in training.
 
     Attributes:
-        reconstruction: decode(encode(x)) with the method's gradient estimator, (N, D).
+        reconstruction: decode(encode(x)) with the method's gradient estimator, (N, E).
         codes: Selected codewords, (N, M).
         losses: Weighted auxiliary losses by name (distortion, commitment ...).
         log_assignment: log-probability of each vector's codes, summed over M, (N,); None where the
             estimator has no selection probability.
-        coarse: The part of the reconstruction that a document's inverted list stands for, (N, D); None where there
+        coarse: The part of the reconstruction that a document's inverted list stands for, (N, E); None where there
             are no lists.
+        mapped: What the reconstruction stands for, the vectors in the head's own space, (N, E); None where that is
+            the towers' space.
     """
 
-    reconstruction: Float[Tensor, "N D"]
+    reconstruction: Float[Tensor, "N E"]
     codes: Int[Tensor, "N M"]
     losses: dict[str, Tensor] = field(default_factory=dict)
     log_assignment: Float[Tensor, " N"] | None = None
-    coarse: Float[Tensor, "N D"] | None = None
+    coarse: Float[Tensor, "N E"] | None = None
+    mapped: Float[Tensor, "N E"] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,11 +212,21 @@ class CompressionHead(nn.Module, ABC):
         num_codes: Codes of a vector.
         code_bits: Bits of a code; a head whose codes differ in bits overrides `code_size`, `pack` and `unpack`.
         metric: Score contract of training, evaluation and index.
+        out_dim: Dimension E of the decoded vectors, with which mapped queries are compared; by default D.
     """
 
-    def __init__(self, *, dim: int, num_codes: int, code_bits: int, metric: Metric = "inner_product") -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_codes: int,
+        code_bits: int,
+        metric: Metric = "inner_product",
+        out_dim: int | None = None,
+    ) -> None:
         super().__init__()
         self.dim = dim
+        self.out_dim = out_dim or dim
         self.num_codes = num_codes
         self.code_bits = code_bits
         self.metric: Metric = metric
@@ -231,8 +250,22 @@ class CompressionHead(nn.Module, ABC):
         """Return the codes of vectors."""
 
     @abstractmethod
-    def decode(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N D"]:
+    def decode(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N E"]:
         """Return the vectors that codes stand for."""
+
+    def map_queries(self, queries: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
+        """Return queries in the space of the decoded vectors: those themselves unless the head has a space of its own.
+
+        Wherever a query meets a decoded vector, it is mapped first. Documents are mapped alike, in `encode`. A map is
+        that of the finished model also in training, where `compress_batch` takes its place.
+        """
+        return queries
+
+    def compress_batch(
+        self, documents: Float[Tensor, "N D"], queries: Float[Tensor, "B D"]
+    ) -> tuple[HeadOutput, Float[Tensor, "B E"]]:
+        """Return `forward` of the documents and the mapped queries of a training batch, with gradients to both."""
+        return self(documents), self.map_queries(queries)
 
     def pack(self, codes: Int[Tensor, "N M"]) -> NDArray[np.uint8]:
         """Return the bytes that FAISS's `add_sa_codes` takes, (N, code_size)."""
@@ -272,9 +305,13 @@ class CompressionHead(nn.Module, ABC):
 
     @abstractmethod
     def restart_dead_codes(
-        self, x: Float[Tensor, "N D"], generator: torch.Generator
+        self, x: Float[Tensor, "N E"], generator: torch.Generator
     ) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
         """Once the current window is full, replace codewords it left unused by vectors from `x`; start a new one.
+
+        Args:
+            x: Vectors as `HeadOutput.mapped` has them, or documents where the head does not map.
+            generator: Random numbers, equal on every device.
 
         Returns:
             For each changed parameter the mask of its restarted rows, so that an optimizer can forget them.

@@ -117,7 +117,8 @@ def loss_and_gradients(case: Case, seed: int, part: slice, mode: str, processes:
     if case[0] == "mcl" and not case[1].endswith("softmax"):
         config = MCLConfig(temperature=0.5, reconstruction_weight=0.3)
     documents = document_tower(inputs["documents"][rows])
-    vectors = Embeddings(query_tower(inputs["queries"][part]), documents, head(documents))
+    queries = query_tower(inputs["queries"][part])
+    vectors = Embeddings(queries, documents, *head.compress_batch(documents, queries))
     relevant = inputs["relevant_keys"][part]
     batch = TokenBatch(
         queries={},

@@ -118,8 +118,8 @@ def make_vectors(seed: int, *, lists: bool = False) -> Embeddings:
     }
     torch.manual_seed(seed)
     config = IVFProductQuantizerConfig(num_lists=3, **options) if lists else ProductQuantizerConfig(**options)
-    head, documents = config.build(D), rand(N, D, seed=seed)
-    return Embeddings(rand(B, D, seed=seed + 1), documents, head(documents))
+    head, documents, queries = config.build(D), rand(N, D, seed=seed), rand(B, D, seed=seed + 1)
+    return Embeddings(queries, documents, *head.compress_batch(documents, queries))
 
 
 @pytest.mark.parametrize("metric", ["inner_product", "l2"])
@@ -163,6 +163,18 @@ def test_a_document_that_occurs_twice_is_ignored_once(mode: str) -> None:
     """Columns 1 and 5 are one document; the copies of positive 0 do not count for query 0."""
     scored = score_batch(make_vectors(0), make_batch(0, "abcdeaga"), metric="l2", mode=mode)
     assert scored.repeated.nonzero().tolist() == [[row, column] for row in range(4) for column in (5, 7)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_head_with_a_space_of_its_own_is_scored_in_it(mode: str) -> None:
+    queries, documents = rand(B, D, seed=1), rand(N, D, seed=2)
+    q, x, x_hat, lists = (rand(rows, 3, seed=seed) for seed, rows in enumerate((B, N, N, N), start=3))
+    output = HeadOutput(reconstruction=x_hat, codes=torch.zeros(0), coarse=lists, mapped=x)
+    scored = score_batch(Embeddings(queries, documents, output, q), make_batch(0), metric="l2", mode=mode)
+    torch.testing.assert_close(scored.dense, 1 - torch.cdist(queries, documents) ** 2 / 2)
+    torch.testing.assert_close(scored.compressed, 1 - torch.cdist(q, x_hat) ** 2 / 2)
+    torch.testing.assert_close(scored.coarse, 1 - torch.cdist(q, lists) ** 2 / 2)
+    assert torch.equal(scored.originals, x)
 
 
 def test_a_head_without_lists_and_a_run_without_a_teacher_give_no_such_scores() -> None:
@@ -213,10 +225,9 @@ def test_a_further_document_that_is_there_already_counts_once() -> None:
     """A live negative that is another query's positive."""
     batch = make_batch(0)
     extended = batch.with_documents({}, batch.document_keys[[2, 3]])
-    documents = rand(N + 2, D, seed=0)
-    vectors = Embeddings(
-        rand(B, D, seed=1), documents, HeadOutput(reconstruction=documents, codes=torch.zeros(0))
-    )
+    documents, queries = rand(N + 2, D, seed=0), rand(B, D, seed=1)
+    output = HeadOutput(reconstruction=documents, codes=torch.zeros(0))
+    vectors = Embeddings(queries, documents, output, queries)
     scored = score_batch(vectors, extended, metric="l2", mode="rows")
     assert scored.repeated[:, N:].tolist() == [[True, True]] * B
     assert not scored.repeated[:, :N].any()

@@ -1,6 +1,6 @@
 """What every retrieval loss takes and gives.
 
-Shapes: B queries, N documents (of all devices), D dimensions.
+Shapes: B queries, N documents (of all devices), D dimensions, E dimensions in the head's space.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ class ScoredBatch:
         ignore: Documents that must not count as negatives of a query: others relevant to it, and repeated ones, (B, N).
         repeated: Documents that stand in an earlier column too, (B, N).
         documents: Uncompressed vectors of the documents of `positives`, (n, D): this device's, n <= N.
-        reconstruction: The same after compression, (n, D).
+        reconstruction: The same after compression, (n, E).
         positives: Rows of `documents` that are positives, (B,).
         log_assignment: log-probability of the codes of `documents`, (n,), or None.
         coarse: Scores of queries with the centroids of the documents' inverted lists, (B, N), or None.
         teacher: Scores of the frozen teacher, (B, N), or None.
+        mapped: `documents` in the head's own space, (n, E); None where that is the towers'.
     """
 
     dense: Float[Tensor, "B N"]
@@ -44,11 +45,17 @@ class ScoredBatch:
     ignore: Bool[Tensor, "B N"]
     repeated: Bool[Tensor, "B N"]
     documents: Float[Tensor, "n D"]
-    reconstruction: Float[Tensor, "n D"]
+    reconstruction: Float[Tensor, "n E"]
     positives: Int[Tensor, " B"]
     log_assignment: Float[Tensor, " n"] | None = None
     coarse: Float[Tensor, "B N"] | None = None
     teacher: Float[Tensor, "B N"] | None = None
+    mapped: Float[Tensor, "n E"] | None = None
+
+    @property
+    def originals(self) -> Float[Tensor, "n E"]:
+        """What `reconstruction` stands for: the mapped documents, or the documents where the head does not map."""
+        return self.documents if self.mapped is None else self.mapped
 
 
 class RetrievalLoss(nn.Module, ABC):

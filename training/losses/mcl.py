@@ -83,6 +83,6 @@ class MCL(RetrievalLoss):
         if config.assignment_weight and batch.log_assignment is not None:  # None before the head's warm start
             parts["assignment"] = -config.assignment_weight * batch.log_assignment[batch.positives].mean()
         if config.reconstruction_weight:
-            error = F.mse_loss(batch.reconstruction, batch.documents)
+            error = F.mse_loss(batch.reconstruction, batch.originals)
             parts["reconstruction"] = config.reconstruction_weight * error
         return parts
