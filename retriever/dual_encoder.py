@@ -8,18 +8,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from retriever.data import Document, TokenBatch, Tokens
-from retriever.encoder import Encoder, Pooling
+from retriever.data import Document, Query, TokenBatch, Tokens
+from retriever.encoder import Encoder, EncoderSettings, Pooling
 from retriever.errors import InputError
 from retriever.folder import check_folder, publish_folder, read_json, write_json
 from retriever.heads import HEADS, CompressionHead, HeadConfig, HeadOutput, NoCompressionConfig
+from retriever.vector_input import VectorInput
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -33,12 +37,15 @@ class DualEncoderConfig:
 
     Attributes:
         encoder: Model of both towers: a Hub name, a folder, or `package:NAME/FOLDER` for a model inside an
-            installed Python package.
+            installed Python package. "vectors" where the data are vectors, which the towers then leave to the head.
         document_encoder: Another model for the document tower; implies tie = false.
         revision: Branch, tag or commit of a Hub model.
         tie: Both towers share one set of weights.
         pooling: "cls", "mean" or "last"; by default what the model's folder says, else "mean".
-        normalize: Unit vectors, so that the inner product is the cosine; by default what the folder says, else true.
+        normalize: Unit vectors, so that the inner product is the cosine; by default what the folder says, else true;
+            of vectors false.
+        standardize: Vectors: subtract the training vectors' mean and divide by their root mean squared length, which
+            keeps their order by L2; by default where the head's metric is l2.
         query_prompt: Text before every query; by default what the folder says, else none.
         document_prompt: Text before every document; by default what the folder says, else none.
         query_max_length: Tokens kept of a query.
@@ -52,18 +59,30 @@ class DualEncoderConfig:
     tie: bool = True
     pooling: Pooling | None = None
     normalize: bool | None = None
+    standardize: bool | None = None
     query_prompt: str | None = None
     document_prompt: str | None = None
     query_max_length: int = 64
     document_max_length: int = 256
     title_separator: str = " "
 
-    def build(self, head: HeadConfig) -> DualEncoder:
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether the data are vectors instead of texts."""
+        return self.encoder == "vectors"
+
+    def build(self, head: HeadConfig, documents: Mapping[str, Document] | None = None) -> DualEncoder:
         """Load the towers and put the head on them.
+
+        Args:
+            head: The compression head.
+            documents: Training documents, from which towers of vectors take dimension, mean and scale.
 
         Raises:
             InputError: If a model cannot be loaded, the towers' dimensions differ or the head does not fit.
         """
+        if self.takes_vectors:
+            return self._build_on_vectors(head, documents or {})
         settings = {
             "pooling": self.pooling,
             "normalize": self.normalize,
@@ -94,6 +113,37 @@ class DualEncoderConfig:
                 "Set metric inner_product, or model.normalize true."
             )
         return DualEncoder(query, document, built, title_separator=self.title_separator)
+
+    def _build_on_vectors(self, head: HeadConfig, documents: Mapping[str, Document]) -> DualEncoder:
+        if self.document_encoder or self.pooling or self.query_prompt or self.document_prompt:
+            raise InputError(
+                "model.encoder vectors has no other tower, pooling or prompt. Leave out document_encoder, pooling, "
+                "query_prompt and document_prompt."
+            )
+        step = max(1, len(documents) // STANDARDIZING_SAMPLE)
+        vectors = [document.vector for document in islice(documents.values(), 0, None, step)]
+        given = [vector for vector in vectors if vector is not None]
+        if not given or len(given) < len(vectors):
+            raise InputError(
+                "model.encoder vectors needs vectors to train on, got texts. Give data.source vector files."
+            )
+        sample = torch.from_numpy(np.stack(given))
+        settings = EncoderSettings(normalize=bool(self.normalize))
+        built = head.build(sample.shape[1])
+        standardize = built.metric == "l2" if self.standardize is None else self.standardize
+        if standardize and built.metric != "l2":
+            raise InputError(
+                "model.standardize changes the order by inner product. Set the head's metric l2, or leave it out."
+            )
+        if standardize:
+            backbone = VectorInput.standardizing(F.normalize(sample, dim=-1) if self.normalize else sample)
+        else:
+            backbone = VectorInput.identity(sample.shape[1])
+        tower = Encoder(backbone, None, settings)
+        return DualEncoder(tower, tower.with_settings(), built, title_separator=self.title_separator)
+
+
+STANDARDIZING_SAMPLE = 65_536  # training vectors that mean and scale are taken from
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +198,23 @@ class DualEncoder(nn.Module):
         """Dimension D of the vectors."""
         return self.head.dim
 
-    def format_document(self, document: Document) -> str:
-        """Return the text of a document as the tower sees it, without the prompt."""
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(chain(self.parameters(), self.buffers())).device
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether queries and documents are vectors instead of texts."""
+        return self.query_encoder.takes_vectors
+
+    def format_document(self, document: Document) -> Query:
+        """Return the text of a document as the tower sees it, without the prompt; or its vector."""
+        if document.vector is not None:
+            return document.vector
         return f"{document.title}{self.title_separator}{document.text}" if document.title else document.text
 
-    def tokenize_queries(self, texts: Sequence[str]) -> Tokens:
+    def tokenize_queries(self, texts: Sequence[Query]) -> Tokens:
         """Return tokens of queries, prompt included."""
         return self.query_encoder.tokenize(texts, self.query_encoder.settings.query_prompt)
 
@@ -249,6 +311,8 @@ def encode_by_length(encoder: Encoder, tokens: Tokens) -> Float[Tensor, "N D"]:
 
     Live and given negatives come in any length, and one long text pads all others.
     """
+    if "attention_mask" not in tokens:
+        return encoder(tokens)  # type: ignore[no-any-return]
     groups = length_groups(tokens["attention_mask"])
     if len(groups) == 1:
         return encoder(tokens)  # type: ignore[no-any-return]

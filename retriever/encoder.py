@@ -1,4 +1,4 @@
-"""Encoder: transformer or token bag, pooling, normalisation, prompt. The only importer of `transformers`.
+"""Encoder: transformer, token bag or vectors; pooling, normalisation, prompt. The only importer of `transformers`.
 
 Shapes: B texts, L tokens, D dimensions.
 
@@ -21,10 +21,11 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retriever.data import Tokens
+from retriever.data import Query, Tokens
 from retriever.errors import InputError
 from retriever.folder import read_json, write_json
 from retriever.token_bag import TokenBag, bag_tokens
+from retriever.vector_input import VectorInput
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -46,6 +47,7 @@ ST_MODULES = ["sentence_transformers.models.Transformer", "sentence_transformers
 ST_STATIC = "sentence_transformers.models.StaticEmbedding"
 ST_NORMALIZE = "sentence_transformers.models.Normalize"
 STATIC_FOLDER = "0_StaticEmbedding"  # where published models have it; text-embeddings-inference looks there
+VECTORS = "vectors.json"  # marks the folder of a tower of vectors, which is no sentence-transformers model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ class EncoderSettings:
     Attributes:
         pooling: Which token embeddings are used: the first, the mean of all, or the last. A static encoder has
             the mean only.
-        normalize: Divide the vector by its Euclidean norm.
+        normalize: Divide the vector by its Euclidean norm; a tower of vectors does so before it centres and scales.
         max_length: Tokens kept of a text, prompt and special tokens included.
         query_prompt: Text put before every query.
         document_prompt: Text put before every document.
@@ -77,11 +79,12 @@ class EncoderSettings:
 class Encoder(nn.Module):
     """Turns texts into vectors with a transformer, or, in a static encoder, with the mean of token vectors.
 
-    A static encoder puts no special tokens into the mean; a text without tokens has the vector zero.
+    A tower of vectors takes vectors in the place of texts. A static encoder puts no special tokens into the mean; a
+    text without tokens has the vector zero.
 
     Args:
-        backbone: A transformers model that returns `last_hidden_state`, or a `TokenBag`.
-        tokenizer: Its tokenizer; of the library tokenizers for a `TokenBag`.
+        backbone: A transformers model that returns `last_hidden_state`, a `TokenBag` or a `VectorInput`.
+        tokenizer: Its tokenizer; of the library tokenizers for a `TokenBag`, None for a `VectorInput`.
         settings: Pooling, normalisation, prompts and length.
 
     Raises:
@@ -101,17 +104,28 @@ class Encoder(nn.Module):
     @property
     def dim(self) -> int:
         """Dimension D of the vectors."""
-        if isinstance(self.backbone, TokenBag):
+        if isinstance(self.backbone, TokenBag | VectorInput):
             return self.backbone.dim
         return int(self.backbone.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether queries and documents are vectors instead of texts."""
+        return isinstance(self.backbone, VectorInput)
 
     def with_settings(self, **changes: Any) -> Encoder:
         """Return an encoder with other settings over the same weights."""
         return Encoder(self.backbone, self.tokenizer, replace(self.settings, **changes))
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> Tokens:
-        """Return token ids and attention mask, (B, L), of `prompt + text`, cut at `settings.max_length`."""
-        prompted = [prompt + text for text in texts]
+    def tokenize(self, texts: Sequence[Query], prompt: str = "") -> Tokens:
+        """Return token ids and attention mask, (B, L), of `prompt + text`, cut at `settings.max_length`; or vectors.
+
+        Raises:
+            InputError: If it is given vectors and takes texts, or the other way.
+        """
+        if isinstance(self.backbone, VectorInput):
+            return self.backbone.gather(texts)
+        prompted = [prompt + _text(text) for text in texts]
         if isinstance(self.backbone, TokenBag):
             return bag_tokens(self.tokenizer, prompted, self.settings.max_length)
         batch = self.tokenizer(
@@ -125,6 +139,9 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "B D"]:
         """Return float32 embeddings of a batch of tokens."""
+        if isinstance(self.backbone, VectorInput):
+            rows = tokens["vectors"]
+            return self.backbone(F.normalize(rows, dim=-1) if self.settings.normalize else rows)  # type: ignore[no-any-return]
         if isinstance(self.backbone, TokenBag):
             vectors = self.backbone(tokens["input_ids"], tokens["attention_mask"]).float()
         else:
@@ -133,8 +150,12 @@ class Encoder(nn.Module):
         return F.normalize(vectors, dim=-1) if self.settings.normalize else vectors
 
     def save(self, folder: Path) -> None:
-        """Write a sentence-transformers folder (legacy layout, safetensors)."""
+        """Write a sentence-transformers folder (legacy layout, safetensors); of a tower of vectors two files."""
         folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.backbone, VectorInput):
+            self.backbone.save(folder)
+            write_json(folder / VECTORS, {"dim": self.dim, "normalize": self.settings.normalize})
+            return
         if isinstance(self.backbone, TokenBag):
             self.backbone.save(folder / STATIC_FOLDER, self.tokenizer, self.settings.max_length)
             _write_modules(folder, self.settings, [(STATIC_FOLDER, ST_STATIC)])
@@ -163,6 +184,9 @@ class Encoder(nn.Module):
         """
         source = resolve_model(str(model))
         given = {name: value for name, value in changes.items() if value is not None}
+        if (Path(source) / VECTORS).is_file():
+            stored = EncoderSettings(normalize=bool(read_json(Path(source) / VECTORS)["normalize"]))
+            return cls(VectorInput.load(Path(source)), None, replace(stored, **given))
         modules = _read_modules(source, revision)
         if modules and modules[0][0] == "StaticEmbedding":
             backbone, tokenizer, longest = _load_token_bag(source, revision, modules[0][1])
@@ -170,6 +194,12 @@ class Encoder(nn.Module):
             backbone, tokenizer, longest = _load_transformer(source, revision)
         settings = _read_sentence_transformers(source, revision, modules, longest)
         return cls(backbone, tokenizer, replace(settings, **given))
+
+
+def _text(item: Query) -> str:
+    if not isinstance(item, str):
+        raise InputError("this model takes texts, got a vector. Set model.encoder vectors, or give texts.")
+    return item
 
 
 def _load_transformer(source: str, revision: str | None) -> tuple[nn.Module, Any, int]:

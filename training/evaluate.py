@@ -117,7 +117,7 @@ def evaluate_model(
     In a distributed run every process embeds its share; all must call this together.
     """
     documents, ids = list(data.documents.values()), list(data.documents)
-    device = next(model.parameters()).device
+    device = model.device
     x = embed_in_shares(
         documents,
         lambda part: embed_documents(model, part, batch_size=batch_size, precision=precision),
@@ -131,9 +131,8 @@ def evaluate_model(
     results = {"dense": (q, x)}
     if model.head.config.name != "none":
         with torch.no_grad():
-            codes = model.compress(x)
-            decoded = torch.cat([model.head.decode(part) for part in codes.split(4096)])
-            results["compressed"] = (model.head.map_queries(q), decoded)
+            parts = [model.head.decode(model.compress(part)) for part in x.split(4096)]
+            results["compressed"] = (model.head.map_queries(q), torch.cat(parts))
     metrics = {}
     for kind, (queries, vectors) in results.items():
         scores, rows = search_exhaustively(queries, vectors, DEPTH, metric=model.head.metric)

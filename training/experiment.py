@@ -30,11 +30,12 @@ def _require(condition: bool, field_name: str, value: object, rule: str) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Training and evaluation texts.
+    """Training and evaluation texts, or vectors.
 
     Attributes:
-        source: Folder in the BEIR layout, or name of a Hub data set.
-        train_split: Split whose judgements give the training pairs.
+        source: Folder in the BEIR layout, or name of a Hub data set; with model.encoder vectors a vector file, or a
+            folder with base.* and, if it has them, learn.*, query.* and groundtruth.*.
+        train_split: Split whose judgements give the training pairs; "train" of vectors are learn.*, else base.*.
         negatives_per_query: Given negatives of a query in each batch (from negatives.jsonl, else random documents).
         max_pairs: Use only the first pairs; all by default.
         labels: "judged" takes the split's judgements; "teacher" only its queries, each with the document that the
@@ -287,11 +288,13 @@ class Experiment:
                 "optimization.freeze documents needs towers of their own: tied towers share their weights. "
                 "Set model.tie false."
             )
-        if freeze == "both" and self.head.name == "none":
-            raise InputError("optimization.freeze both with the head none leaves nothing to train.")
-        if freeze == "both" and self.optimization.dense_warmup:
+        only_head = "model.encoder vectors" if self.model.takes_vectors else ""
+        only_head = "optimization.freeze both" if freeze == "both" else only_head
+        if only_head and self.head.name == "none":
+            raise InputError(f"{only_head} with the head none leaves nothing to train. Choose another head.")
+        if only_head and self.optimization.dense_warmup:
             raise InputError(
-                "optimization.freeze both leaves only the head to train, so optimization.dense_warmup must be 0, got "
+                f"{only_head} leaves only the head to train, so optimization.dense_warmup must be 0, got "
                 f"{self.optimization.dense_warmup}."
             )
         blank = isinstance(self.loss, DistillationConfig) and not self.loss.label_weight

@@ -74,9 +74,9 @@ class TrainingRun:
         self.processes = self.accelerator.num_processes
         self._check_batch(optimization)
         self.data = read_data(experiment.data.source, experiment.data.train_split)
-        self.evaluation = self._read_evaluation()
         torch.manual_seed(experiment.seed)
-        self.model = experiment.model.build(experiment.head).to(self.accelerator.device)
+        self.model = experiment.model.build(experiment.head, self.data.documents).to(self.accelerator.device)
+        self.evaluation = self._read_evaluation()
         self.loss = experiment.loss.build()
         freeze_towers(self.model, optimization.freeze)
         self.candidates = build_candidates(experiment, self.model, self.data.documents.values(), self.embed)
@@ -219,7 +219,8 @@ class TrainingRun:
     def _read_evaluation(self) -> RetrievalData:
         config, data = self.experiment.evaluation, self.experiment.data
         source = data.evaluation_source or data.source
-        whole = read_data(source, data.evaluation_split)
+        normalize = self.model.query_encoder.settings.normalize
+        whole = read_data(source, data.evaluation_split, metric=self.model.head.metric, normalize=normalize)
         return select_evaluation(whole, queries=config.queries, documents=config.documents)
 
     def _warm_start_ids(self) -> list[str]:

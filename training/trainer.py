@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from index import FaissFit
-from retriever import Document, TokenBatch
+from retriever import Document, InputError, TokenBatch
 from retriever.distributed import all_gather
 from retriever.heads import QuantizerFit
 from training.card import model_card
@@ -34,6 +34,11 @@ from training.scoring import score_batch
 from training.tracking import RunLog
 
 __all__ = ["Trainer", "TrainingReport"]
+
+NOTHING_LEARNS = (
+    "the loss reaches no parameter of the head, and the towers do not train. Choose another loss, or give the head "
+    "losses of its own (head.distortion_weight)."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +132,8 @@ class Trainer:
             with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
                 parts, seen = self._losses(batch, compress)
                 loss = torch.stack([self._scale(name) * value for name, value in parts.items()]).sum()
+                if not loss.requires_grad:
+                    raise InputError(NOTHING_LEARNS)
                 run.accelerator.backward(loss / optimization.accumulation)
             for name, value in parts.items():
                 row[f"train/loss_{name}"] += self._mean(value) / optimization.accumulation
