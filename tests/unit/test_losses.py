@@ -240,7 +240,9 @@ def test_mcl_refuses_a_weight_that_is_negative_or_not_finite(field: str, weight:
     ids=["none", "codeword", "identity"],
 )
 def test_experiment_refuses_assignment_weight_without_selection_probabilities(head: HeadConfig) -> None:
-    with pytest.raises(InputError, match=r"assignment_weight=0\.5 .* Use the head pq with estimator softmax"):
+    with pytest.raises(
+        InputError, match=r"assignment_weight=0\.5 .* Use the head pq or rq with estimator softmax"
+    ):
         experiment(MCLConfig(assignment_weight=0.5), head)
 
 
