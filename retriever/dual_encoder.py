@@ -236,7 +236,11 @@ class DualEncoder(nn.Module):
         return self.head.encode(x)
 
     def forward(
-        self, batch: TokenBatch, compress: bool = True, documents: Float[Tensor, "N D"] | None = None
+        self,
+        batch: TokenBatch,
+        compress: bool = True,
+        documents: Float[Tensor, "N D"] | None = None,
+        queries: Float[Tensor, "B D"] | None = None,
     ) -> Embeddings:
         """Return the vectors of a batch; the head is the identity unless `compress`.
 
@@ -244,10 +248,12 @@ class DualEncoder(nn.Module):
             batch: Tokens of queries and documents.
             compress: Put the documents through the head.
             documents: Vectors of the documents, where they are known already.
+            queries: Vectors of the queries, likewise.
         """
         if documents is None:
             documents = encode_by_length(self.document_encoder, batch.documents)
-        queries = self.encode_queries(batch.queries)
+        if queries is None:
+            queries = self.encode_queries(batch.queries)
         head = self.head if compress else self._identity
         return Embeddings(queries, documents, *head.compress_batch(documents, queries))
 

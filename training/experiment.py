@@ -96,6 +96,8 @@ class OptimizationConfig:
         epochs: Passes over the training pairs, if `steps` is not given.
         batch_size: Queries a step over all devices and accumulation rounds.
         accumulation: Rounds of forward and backward a step; negatives are shared within a round.
+        chunk_size: Queries, with their documents, that a device encodes at a time; 0 for all of a round. Fewer take
+            less memory for a third more work, and give the same gradients: negatives are still those of the round.
         lr: Peak learning rate of the towers.
         head_lr: Peak learning rate of the head.
         weight_decay: AdamW's weight decay on the towers' matrices.
@@ -120,6 +122,7 @@ class OptimizationConfig:
     epochs: float = 1.0
     batch_size: int = 64
     accumulation: int = 1
+    chunk_size: int = 0
     lr: float = 5e-5
     head_lr: float = 1e-4
     weight_decay: float = 0.01
@@ -150,7 +153,8 @@ class OptimizationConfig:
             _require(
                 0 <= getattr(self, name) <= 1, f"optimization.{name}", getattr(self, name), "between 0 and 1"
             )
-        _require(self.weight_decay >= 0, "optimization.weight_decay", self.weight_decay, "0 or more")
+        for name in ("weight_decay", "chunk_size"):
+            _require(getattr(self, name) >= 0, f"optimization.{name}", getattr(self, name), "0 or more")
         _require(self.steps is None or self.steps >= 1, "optimization.steps", self.steps, "at least 1")
         _require(
             self.schedule in get_args(Schedule),

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from retriever import (
@@ -79,6 +81,7 @@ class TrainingRun:
         self.evaluation = self._read_evaluation()
         self.loss = experiment.loss.build()
         freeze_towers(self.model, optimization.freeze)
+        self._check_chunks(optimization)
         self.candidates = build_candidates(experiment, self.model, self.data.documents.values(), self.embed)
         self.corpus = self.candidates.corpus
         self._plan_pairs()
@@ -90,10 +93,11 @@ class TrainingRun:
         self.state.to(self.accelerator.device)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
-    def rounds(self) -> Iterator[TokenBatch]:
-        """Yield this device's batches: `accumulation` rounds of each remaining step."""
+    def rounds(self) -> Iterator[list[TokenBatch]]:
+        """Yield this device's batches in chunks: `accumulation` rounds of each remaining step."""
         optimization = self.experiment.optimization
         size = optimization.batch_size // (optimization.accumulation * self.processes)
+        chunk = min(optimization.chunk_size or size, size)
         offsets = [
             (a * self.processes + self.accelerator.process_index) * size
             for a in range(optimization.accumulation)
@@ -102,14 +106,20 @@ class TrainingRun:
         frozen = optimization.freeze != "none"  # documents are then vectors already
         loader = DataLoader(
             self.dataset,
-            batch_sampler=[batch[start : start + size] for batch in plan for start in offsets],
+            batch_sampler=(
+                batch[start + first : start + min(first + chunk, size)]
+                for batch in plan
+                for start in offsets
+                for first in range(0, size, chunk)
+            ),
             collate_fn=Collator(
                 self.model.tokenize_queries, (lambda _: {}) if frozen else self.model.tokenize_documents
             ),
             generator=torch.Generator(),  # its own, or its start would draw from the step's random numbers
         )
-        for batch in loader:
-            yield batch.to(self.accelerator.device)
+        batches = iter(loader)
+        while chunks := list(islice(batches, math.ceil(size / chunk))):
+            yield [batch.to(self.accelerator.device) for batch in chunks]
 
     def embed(self, documents: Sequence[Document]) -> Tensor:
         """Return the current vectors of documents, on the device; every process embeds a share."""
@@ -215,6 +225,22 @@ class TrainingRun:
                 f"optimization.batch_size must be a multiple of accumulation x processes, got "
                 f"{optimization.batch_size} and {optimization.accumulation} x {self.processes}."
             )
+
+    def _check_chunks(self, optimization: OptimizationConfig) -> None:
+        if not optimization.chunk_size:
+            return
+        if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
+            raise InputError(
+                f"optimization.chunk_size goes back several times a step, which DeepSpeed's engine does not, got "
+                f"{optimization.chunk_size}. Train under DDP or FSDP, or set chunk_size 0."
+            )
+        for tower in (self.model.query_encoder, self.model.document_encoder):
+            for name, module in tower.named_modules():
+                if isinstance(module, _BatchNorm):
+                    raise InputError(
+                        f"optimization.chunk_size encodes a batch in parts, but the tower's {name} normalizes by the "
+                        f"whole batch, got {optimization.chunk_size}. Set chunk_size 0, or take another model."
+                    )
 
     def _read_evaluation(self) -> RetrievalData:
         config, data = self.experiment.evaluation, self.experiment.data

@@ -9,7 +9,6 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,26 +18,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from index import FaissFit
-from retriever import Document, InputError, TokenBatch
+from retriever import Document, TokenBatch
 from retriever.distributed import all_gather
 from retriever.heads import QuantizerFit
 from training.card import model_card
+from training.chunked import ChunkedRound
 from training.evaluate import evaluate_model
 from training.experiment import Experiment
-from training.losses import ScoredBatch
 from training.optimizer import clip_gradients, forget, learning_rate_factor
 from training.recipe import dump_experiment
+from training.rounds import Round, RoundResult, WholeRound
 from training.run import TrainingRun
 from training.run_folder import refuse_finished
-from training.scoring import score_batch
 from training.tracking import RunLog
 
 __all__ = ["Trainer", "TrainingReport"]
-
-NOTHING_LEARNS = (
-    "the loss reaches no parameter of the head, and the towers do not train. Choose another loss, or give the head "
-    "losses of its own (head.distortion_weight)."
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +84,7 @@ class Trainer:
         run.restore(resume)
         log = RunLog(run.folder, self.experiment, run.accelerator, run.progress.step)
         self._started, self._pairs = time.perf_counter(), 0
+        self._round: Round = (ChunkedRound if self.experiment.optimization.chunk_size else WholeRound)(run)
         rounds = run.rounds()
         with tqdm(
             desc="train",
@@ -116,7 +111,7 @@ class Trainer:
         log.close()  # ends the process group, so it comes last
         return report
 
-    def _step(self, step: int, rounds: Iterator[TokenBatch]) -> dict[str, float]:
+    def _step(self, step: int, rounds: Iterator[list[TokenBatch]]) -> dict[str, float]:
         """Run one optimizer step; return the values to log."""
         run, optimization = self.run, self.experiment.optimization
         run.wrapped.train()
@@ -127,15 +122,9 @@ class Trainer:
         for group in run.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         compress = step >= run.head_start
-        for number, batch in enumerate(islice(rounds, optimization.accumulation)):
-            last = number == optimization.accumulation - 1
-            with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-                parts, seen = self._losses(batch, compress)
-                loss = torch.stack([self._scale(name) * value for name, value in parts.items()]).sum()
-                if not loss.requires_grad:
-                    raise InputError(NOTHING_LEARNS)
-                run.accelerator.backward(loss / optimization.accumulation)
-            for name, value in parts.items():
+        for number, chunks in enumerate(islice(rounds, optimization.accumulation)):
+            seen = self._round(chunks, compress=compress, last=number == optimization.accumulation - 1)
+            for name, value in seen.parts.items():
                 row[f"train/loss_{name}"] += self._mean(value) / optimization.accumulation
         row["train/loss"] = sum(value for name, value in row.items() if name.startswith("train/loss_"))
         run.accelerator.unscale_gradients()
@@ -149,42 +138,13 @@ class Trainer:
         self._pairs += optimization.batch_size
         return {**row, "train/lr": run.optimizer.param_groups[0]["lr"]}
 
-    def _losses(self, batch: TokenBatch, compress: bool) -> tuple[dict[str, Tensor], ScoredBatch]:
-        """Return the loss parts of one round, and what they were computed from."""
-        run = self.run
-        with run.accelerator.autocast():
-            batch = run.candidates.extend(batch, run.model, compressed=compress)
-            known = run.candidates.known_vectors(batch)
-            teacher = run.candidates.teach(batch, known)
-        vectors = run.wrapped(batch, compress, known)
-        scored = score_batch(
-            vectors,
-            batch,
-            metric=run.model.head.metric,
-            mode=self.experiment.optimization.cross_device,
-            teacher=teacher,
-        )
-        if compress:
-            run.model.head.count(all_gather(vectors.compressed.codes))
-        head_losses = {f"head_{name}": value for name, value in vectors.compressed.losses.items()}
-        return {**run.loss(scored), **head_losses}, scored
-
-    def _scale(self, name: str) -> int:
-        """Return the factor of a loss part whose gradient is averaged over the devices.
-
-        In mode `full` every device has the gradient of the whole loss by its own vectors, and the sum is wanted.
-        """
-        optimization = self.experiment.optimization
-        whole = optimization.cross_device == "full" and optimization.world_scale == "exact"
-        return self.run.processes if whole and not name.startswith("head_") else 1
-
-    def _care_for_codebooks(self, step: int, seen: ScoredBatch) -> dict[str, float]:
+    def _care_for_codebooks(self, step: int, seen: RoundResult) -> dict[str, float]:
         """Measure the codebooks' use and distortion; restart dead codewords."""
         run, head = self.run, self.run.model.head
-        error = (seen.originals - seen.reconstruction).detach().square().sum(1).mean().item()
+        error = (seen.originals - seen.reconstruction).square().sum(1).mean().item()
         row = {"head/distortion": error, **{f"head/{k}": v for k, v in head.usage_statistics().items()}}
         generator = torch.Generator().manual_seed(self._seed(step, rank=0))
-        forget(run.optimizer, head.restart_dead_codes(all_gather(seen.originals.detach()), generator))
+        forget(run.optimizer, head.restart_dead_codes(all_gather(seen.originals), generator))
         return row
 
     def _start_or_refresh(self, step: int) -> None:

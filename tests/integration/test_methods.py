@@ -131,7 +131,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ScoredBatch]]:
         seen.append((batch, scored))
         return scored
 
-    monkeypatch.setattr("training.trainer.score_batch", record)
+    monkeypatch.setattr("training.rounds.score_batch", record)
     return seen
 
 
