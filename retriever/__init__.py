@@ -6,6 +6,7 @@ from retriever.dual_encoder import DualEncoder, DualEncoderConfig, Embeddings, m
 from retriever.encoder import Encoder, EncoderSettings
 from retriever.errors import InputError
 from retriever.inference import Precision, embed_documents, embed_queries, map_queries
+from retriever.lora import LoraConfig
 from retriever.sources import read_corpus, read_data, read_qrels, read_queries
 from retriever.static import static_encoder
 
@@ -20,6 +21,7 @@ __all__ = [
     "Encoder",
     "EncoderSettings",
     "InputError",
+    "LoraConfig",
     "Precision",
     "Qrels",
     "Query",

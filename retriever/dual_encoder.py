@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,17 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from retriever.backbone import compile_layers, recompute_layers
 from retriever.data import Document, Query, TokenBatch, Tokens
 from retriever.encoder import Encoder, EncoderSettings, Pooling
 from retriever.errors import InputError
 from retriever.folder import check_folder, publish_folder, read_json, write_json
 from retriever.heads import HEADS, CompressionHead, HeadConfig, HeadOutput, NoCompressionConfig
+from retriever.lora import LoraConfig, add_lora
 from retriever.vector_input import VectorInput
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
 __all__ = ["DualEncoder", "DualEncoderConfig", "Embeddings", "load_head", "load_query_map", "save_head"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,15 @@ class DualEncoderConfig:
         query_max_length: Tokens kept of a query.
         document_max_length: Tokens kept of a document.
         title_separator: Text between a document's title and its text.
+        projection: Dimension D of the vectors: a tower whose model has another gets a linear layer that trains with it,
+            so that towers of different sizes meet, or vectors become shorter; by default the models' own.
+        lora: Train low-rank adapters instead of the towers' weights; merged into them where a model is saved.
+        dtype: Type of the towers' weights in memory; bfloat16 halves it where adapters train, or no tower does.
+        attention: Implementation of attention as transformers names it: "sdpa", "eager", "flash_attention_2" (a GPU
+            and the package flash-attn), or a kernel of the Hub; by default transformers' choice, mostly "sdpa".
+        checkpoint_activations: Keep only the inputs of each layer, and compute it again on the way back: less memory
+            for about a third more time.
+        compile: Compile the towers' layers with torch.compile: a slow start, faster steps after.
     """
 
     encoder: str
@@ -65,6 +78,22 @@ class DualEncoderConfig:
     query_max_length: int = 64
     document_max_length: int = 256
     title_separator: str = " "
+    projection: int | None = None
+    lora: LoraConfig | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: str | None = None
+    checkpoint_activations: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"model.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if self.projection is not None and self.projection < 1:
+            raise InputError(f"model.projection must be positive, got {self.projection}.")
+        options = ("projection", "lora", "attention", "checkpoint_activations", "compile")
+        chosen = [name for name in options if getattr(self, name)]
+        if self.takes_vectors and chosen:
+            raise InputError(f"model.encoder vectors has no transformer. Leave out model.{chosen[0]}.")
 
     @property
     def takes_vectors(self) -> bool:
@@ -83,28 +112,16 @@ class DualEncoderConfig:
         """
         if self.takes_vectors:
             return self._build_on_vectors(head, documents or {})
-        settings = {
-            "pooling": self.pooling,
-            "normalize": self.normalize,
-            "query_prompt": self.query_prompt,
-            "document_prompt": self.document_prompt,
-        }
-        query = Encoder.load(
-            self.encoder, revision=self.revision, max_length=self.query_max_length, **settings
-        )
+        query = self._load(self.encoder, self.query_max_length)
         if self.tie and self.document_encoder is None:
             document = query.with_settings(max_length=self.document_max_length)
         else:
-            document = Encoder.load(
-                self.document_encoder or self.encoder,
-                revision=self.revision,
-                max_length=self.document_max_length,
-                **settings,
-            )
+            document = self._load(self.document_encoder or self.encoder, self.document_max_length)
         if query.dim != document.dim:
             raise InputError(
                 f"the towers must have the same dimension, got {query.dim} for queries ({self.encoder}) and "
-                f"{document.dim} for documents ({self.document_encoder}). Choose models of one dimension."
+                f"{document.dim} for documents ({self.document_encoder}). Set model.projection {query.dim} or "
+                f"{document.dim}, or choose models of one dimension."
             )
         built = head.build(query.dim)
         if built.metric == "l2" and not (query.settings.normalize and document.settings.normalize):
@@ -113,6 +130,29 @@ class DualEncoderConfig:
                 "Set metric inner_product, or model.normalize true."
             )
         return DualEncoder(query, document, built, title_separator=self.title_separator)
+
+    def _load(self, model: str, max_length: int) -> Encoder:
+        """Return one tower, ready to train."""
+        tower = Encoder.load(
+            model,
+            revision=self.revision,
+            attention=self.attention,
+            dtype=DTYPES[self.dtype],
+            max_length=max_length,
+            pooling=self.pooling,
+            normalize=self.normalize,
+            query_prompt=self.query_prompt,
+            document_prompt=self.document_prompt,
+        )
+        if self.projection is not None:
+            tower = tower.projected(self.projection)
+        if self.lora is not None:
+            add_lora(tower.backbone, self.lora)
+        if self.checkpoint_activations:
+            recompute_layers(tower)
+        if self.compile:
+            compile_layers(tower)
+        return tower
 
     def _build_on_vectors(self, head: HeadConfig, documents: Mapping[str, Document]) -> DualEncoder:
         if self.document_encoder or self.pooling or self.query_prompt or self.document_prompt:

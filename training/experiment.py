@@ -301,6 +301,12 @@ class Experiment:
                 f"{only_head} leaves only the head to train, so optimization.dense_warmup must be 0, got "
                 f"{self.optimization.dense_warmup}."
             )
+        if self.model.dtype != "float32" and self.model.lora is None and freeze != "both":
+            raise InputError(
+                f"model.dtype {self.model.dtype} rounds away the small steps of weights that train. Set model.lora, "
+                "optimization.freeze both, or leave it float32: optimization.precision bf16 computes in bfloat16 and "
+                "keeps float32 weights."
+            )
         blank = isinstance(self.loss, DistillationConfig) and not self.loss.label_weight
         if blank and self.optimization.dense_warmup:
             raise InputError(
