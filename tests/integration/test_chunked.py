@@ -24,7 +24,13 @@ from torch.utils.checkpoint import checkpoint
 import training.chunked
 from retriever import DualEncoder, InputError, TokenBatch
 from retriever.data import document_key
-from retriever.heads import HeadConfig, IVFProductQuantizerConfig, NoCompressionConfig, ProductQuantizerConfig
+from retriever.heads import (
+    HeadConfig,
+    IVFProductQuantizerConfig,
+    IVFResidualQuantizerConfig,
+    NoCompressionConfig,
+    ProductQuantizerConfig,
+)
 from training.chunked import ChunkedRound, RandomState
 from training.experiment import OptimizationConfig
 from training.losses import (
@@ -35,6 +41,7 @@ from training.losses import (
     LambdaRankConfig,
     LossConfig,
     MCLConfig,
+    ReconstructionConfig,
 )
 from training.rounds import RoundResult, WholeRound
 from training.scoring import score_batch
@@ -50,6 +57,7 @@ HEADS: dict[str, HeadConfig] = {
     "pq-softmax": ProductQuantizerConfig(estimator="softmax", **SMALL),
     "pq-sinkhorn": ProductQuantizerConfig(balance="sinkhorn", sinkhorn_epsilon=0.05, **SMALL, **OWN),
     "ivfpq-identity": IVFProductQuantizerConfig(num_lists=3, estimator="identity", **SMALL, **OWN),
+    "ivfrq-codeword": IVFResidualQuantizerConfig(num_lists=3, num_codebooks=3, codebook_bits=2, **OWN),
     "ivfpq-softmax": IVFProductQuantizerConfig(num_lists=3, estimator="softmax", **SMALL),
 }
 RETRIEVAL: dict[str, LossConfig] = {
@@ -59,6 +67,7 @@ RETRIEVAL: dict[str, LossConfig] = {
     "hinge": HingeConfig(margin=3.0),
     "lambda_rank": LambdaRankConfig(temperature=0.5, depth=9),
     "distillation": DistillationConfig(temperature=0.5, dense_weight=0.5, label_weight=0.7),
+    "reconstruction": ReconstructionConfig(),
     "distillation-ranknet": DistillationConfig(temperature=0.5, objective="ranknet", list_weight=0.3),
 }
 PAIRS = [
