@@ -17,17 +17,13 @@ from retriever.heads.base import (
     unpack_codes,
 )
 from retriever.heads.ivfpq import IVFProductQuantizer, IVFProductQuantizerConfig
-from retriever.heads.ivfrq import IVFResidualQuantizer, IVFResidualQuantizerConfig
 from retriever.heads.none import NoCompression, NoCompressionConfig
 from retriever.heads.pq import ProductQuantizer, ProductQuantizerConfig
-from retriever.heads.rq import ResidualQuantizer, ResidualQuantizerConfig
 
 HEADS: dict[str, type[HeadConfig]] = {
     "none": NoCompressionConfig,
     "pq": ProductQuantizerConfig,
     "ivfpq": IVFProductQuantizerConfig,
-    "rq": ResidualQuantizerConfig,
-    "ivfrq": IVFResidualQuantizerConfig,
 }
 
 __all__ = [
@@ -42,8 +38,6 @@ __all__ = [
     "HeadOutput",
     "IVFProductQuantizer",
     "IVFProductQuantizerConfig",
-    "IVFResidualQuantizer",
-    "IVFResidualQuantizerConfig",
     "NeuralCodec",
     "NoCompression",
     "NoCompressionConfig",
@@ -51,8 +45,6 @@ __all__ = [
     "ProductQuantizer",
     "ProductQuantizerConfig",
     "QuantizerFit",
-    "ResidualQuantizer",
-    "ResidualQuantizerConfig",
     "pack_codes",
     "pack_list_numbers",
     "unpack_codes",

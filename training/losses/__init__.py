@@ -6,7 +6,6 @@ from training.losses.distillation import Distillation, DistillationConfig
 from training.losses.hinge import Hinge, HingeConfig
 from training.losses.lambda_rank import LambdaRank, LambdaRankConfig
 from training.losses.mcl import MCL, MCLConfig
-from training.losses.reconstruction import Reconstruction, ReconstructionConfig
 
 LOSSES: dict[str, type[LossConfig]] = {
     "contrastive": ContrastiveConfig,
@@ -14,7 +13,6 @@ LOSSES: dict[str, type[LossConfig]] = {
     "hinge": HingeConfig,
     "distillation": DistillationConfig,
     "lambda_rank": LambdaRankConfig,
-    "reconstruction": ReconstructionConfig,
 }
 
 __all__ = [
@@ -30,8 +28,6 @@ __all__ = [
     "LambdaRankConfig",
     "LossConfig",
     "MCLConfig",
-    "Reconstruction",
-    "ReconstructionConfig",
     "RetrievalLoss",
     "ScoredBatch",
 ]
