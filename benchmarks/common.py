@@ -94,7 +94,8 @@ def _cell(value: Any) -> str:
 def faiss_quantizer(dim: int, factory: str, metric: Metric, seed: int) -> Any:
     """Return an untrained FAISS index of a factory string, seeded, without warnings on small samples.
 
-    An OPQ matrix gets a quantizer of its own for that, which it must outlive: keep the index.
+    The quantizer may be PQ, RQ or LSQ, behind OPQ or lists or not. An OPQ matrix gets a quantizer of its own for that,
+    which it must outlive: keep the index.
     """
     faiss = load_faiss()
     kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
@@ -106,7 +107,10 @@ def faiss_quantizer(dim: int, factory: str, metric: Metric, seed: int) -> Any:
         faiss.downcast_VectorTransform(built.chain.at(0)).pq = opq
         built.referenced_objects = [opq]
         clusterings.append(opq.cp)
-    clusterings.append(inner.pq.cp)
+    if "LSQ" in factory:
+        inner.lsq.random_seed = seed  # it is trained without k-means
+    else:
+        clusterings.append(inner.rq.cp if "RQ" in factory else inner.pq.cp)
     if hasattr(inner, "nlist"):
         clusterings.append(inner.cp)
     for clustering in clusterings:

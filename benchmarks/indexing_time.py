@@ -2,9 +2,9 @@
 
 For each form, FAISS trains on all vectors and adds them. Endex then gets the codebooks that FAISS has just found, as
 if training had brought them, assigns codes with the model's own code and copies arrays into the same index type.
-Both indexes are searched with the same queries, and their hits compared. Additive codes, which no head makes, are
-FAISS's own. A scalar quantizer has nothing learned: both sides round every vector, and no copying is saved. HNSW is
-left out: both sides build the same graph with the same code.
+Both indexes are searched with the same queries, and their hits compared. Additive codes are FAISS's own: only their
+copying is timed. A scalar quantizer has nothing learned: both sides round every vector, and no copying is saved. HNSW
+is left out: both sides build the same graph with the same code.
 
 The memory is that of a process of its own that reads codes from a file, builds the index, proves that it scores as
 the model does, and writes it: what `endex export` does after encoding.
@@ -190,7 +190,7 @@ def build_usual(x: torch.Tensor, form: Form, options: Any) -> tuple[Any, float]:
 def learned_by(built: Any, form: Form, dim: int) -> tuple[CompressionHead | None, FaissExport]:
     """Return a head with what FAISS trained, through the door of the warm start, and its export.
 
-    There is no head of additive codes: their export holds FAISS's codebooks.
+    Additive codes are FAISS's own, so they get no head: their export holds FAISS's codebooks.
     """
     faiss = load_faiss()
     if form.kind == "sq8":

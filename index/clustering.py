@@ -1,6 +1,7 @@
 """Starting values of quantizers, fitted by FAISS on a sample of live vectors.
 
 Shapes: n vectors, D dimensions, J lists, M codebooks, K codewords, S = D // M sub-dimensions.
+Additive codewords have all D dimensions.
 """
 
 from __future__ import annotations
@@ -60,24 +61,70 @@ class FaissFit:
 
         In the order of FAISS's `OPQ{M},IVF{J},PQ{M}`; unless `on_residuals` the codebooks fit the whole vectors.
         """
-        faiss = load_faiss()
         x = np.ascontiguousarray(sample.numpy(), dtype=np.float32)
         rotation = None
         if rotate:
             rotation = self._rotation(x, num_codebooks, codebook_bits, seed)
             x = np.ascontiguousarray(x @ rotation.T)
-        kmeans = faiss.Kmeans(
-            x.shape[1], num_lists, niter=self.kmeans_iterations, seed=seed, min_points_per_centroid=1
-        )
-        kmeans.train(x)
-        centroids = kmeans.centroids
-        residuals = x - centroids[kmeans.index.search(x, 1)[1][:, 0]] if on_residuals else x
+        centroids, rest = self._lists(x, num_lists, seed)
+        residuals = rest if on_residuals else x
         codebooks = self._codebooks(residuals, num_codebooks, codebook_bits, seed)
         return (
             None if rotation is None else torch.from_numpy(rotation),
             torch.from_numpy(centroids),
             torch.from_numpy(codebooks),
         )
+
+    def additive_codebooks(
+        self, sample: Float[Tensor, "n D"], *, num_codebooks: int, codebook_bits: int, beam: int, seed: int
+    ) -> Float[Tensor, "M K D"]:
+        """Return the codebooks of FAISS's residual quantizer of a sample."""
+        x = np.ascontiguousarray(sample.numpy(), dtype=np.float32)
+        return torch.from_numpy(self._sums(x, num_codebooks, codebook_bits, beam, seed))
+
+    def coarse_additive_codebooks(
+        self,
+        sample: Float[Tensor, "n D"],
+        *,
+        num_lists: int,
+        num_codebooks: int,
+        codebook_bits: int,
+        beam: int,
+        seed: int,
+    ) -> tuple[Float[Tensor, "J D"], Float[Tensor, "M K D"]]:
+        """Return k-means centroids, and the codebooks of FAISS's residual quantizer of the residuals.
+
+        In the order of FAISS's `IVF{J},RQ{M}x{bits}`.
+        """
+        x = np.ascontiguousarray(sample.numpy(), dtype=np.float32)
+        centroids, rest = self._lists(x, num_lists, seed)
+        codebooks = self._sums(rest, num_codebooks, codebook_bits, beam, seed)
+        return torch.from_numpy(centroids), torch.from_numpy(codebooks)
+
+    def _lists(
+        self, x: NDArray[np.float32], num_lists: int, seed: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return k-means centroids, (J, D), and the residuals to the nearest ones, (n, D)."""
+        kmeans = load_faiss().Kmeans(
+            x.shape[1], num_lists, niter=self.kmeans_iterations, seed=seed, min_points_per_centroid=1
+        )
+        kmeans.train(x)
+        centroids: NDArray[np.float32] = kmeans.centroids
+        return centroids, x - centroids[kmeans.index.search(x, 1)[1][:, 0]]
+
+    def _sums(
+        self, x: NDArray[np.float32], num_codebooks: int, codebook_bits: int, beam: int, seed: int
+    ) -> NDArray[np.float32]:
+        """Return the codewords of a residual quantizer, (M, K, D)."""
+        faiss = load_faiss()
+        rq = faiss.ResidualQuantizer(x.shape[1], num_codebooks, codebook_bits)
+        _quieten(rq, seed)
+        rq.max_beam_size = beam
+        # the tables of (M K)^2 products that training would end with serve only FAISS's own encoder
+        rq.train_type |= faiss.ResidualQuantizer.Skip_codebook_tables
+        rq.train(np.ascontiguousarray(x))
+        codewords: NDArray[np.float32] = faiss.vector_to_array(rq.codebooks)
+        return codewords.reshape(num_codebooks, 2**codebook_bits, -1)
 
     def _rotation(
         self, x: NDArray[np.float32], num_codebooks: int, codebook_bits: int, seed: int
@@ -108,7 +155,7 @@ class FaissFit:
         return codewords.reshape(num_codebooks, 2**codebook_bits, -1)
 
 
-def _quieten(pq: object, seed: int) -> None:
-    """Set the seed of a faiss.ProductQuantizer and silence its warning on small samples."""
-    pq.cp.seed = seed  # type: ignore[attr-defined]
-    pq.cp.min_points_per_centroid = 1  # type: ignore[attr-defined]
+def _quieten(quantizer: object, seed: int) -> None:
+    """Set the seed of a faiss.ProductQuantizer or ResidualQuantizer and silence its warning on small samples."""
+    quantizer.cp.seed = seed  # type: ignore[attr-defined]
+    quantizer.cp.min_points_per_centroid = 1  # type: ignore[attr-defined]

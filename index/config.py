@@ -51,7 +51,8 @@ class IndexConfig:
     Attributes:
         kind: "auto": the exact form that the head needs. Head none: "flat", "sq8", "sq4", "hnsw", "hnsw_sq8". Head
             pq: "pq", "pq_fastscan" (4 bits), or "ivfpq" (the form that a GPU takes). Head ivfpq: "ivfpq",
-            "ivfpq_fastscan" (4 bits). Additive codes: "rq", "rq_fastscan", "ivfrq", "ivfrq_fastscan".
+            "ivfpq_fastscan" (4 bits). Head rq: "rq", "rq_fastscan" (4 bits, inner product). Head ivfrq: "ivfrq",
+            "ivfrq_fastscan" (4 bits, inner product).
         nlist: Inverted lists over which "ivfpq" spreads the codes of a head without lists; all are probed.
         nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default the square root
             of their number.
@@ -100,7 +101,7 @@ class IndexConfig:
         if self.nprobe is not None and not learned:
             raise InputError(
                 f"index.nprobe needs a head with inverted lists, got {self.nprobe}. Leave it out, or train with the "
-                "head `ivfpq`."
+                "head `ivfpq` or `ivfrq`."
             )
         builder = self._make(AUTO[type(export)] if self.kind == "auto" else self.kind)
         builder.check(export)

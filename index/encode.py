@@ -138,7 +138,7 @@ def encode_corpus(
         folder: Folder to write into; made if it is not there.
         batch_size: Documents a forward pass; in fp32 on a CPU always 16, so that the bytes do not depend on it.
         precision: Arithmetic of the tower.
-        store_texts: Keep the texts beside the codes, so that search can show them.
+        store_texts: Keep the texts, where documents are texts, beside the codes, so that search can show them.
         progress: Show a bar with documents a second and the time left.
         total: Number of documents, for the bar.
         description: What is encoded and how; the beginning of another encoding is refused.
@@ -147,7 +147,7 @@ def encode_corpus(
         InputError: If there is no document, `folder` holds the beginning of something else, or another process
             writes there.
     """
-    device = next(model.parameters()).device
+    device, store_texts = model.device, store_texts and not model.takes_vectors
     if precision == "fp32" and device.type == "cpu":
         batch_size = CPU_BATCH
     folder.mkdir(parents=True, exist_ok=True)
@@ -293,5 +293,8 @@ def _after(blocks: Iterator[list[Document]], folder: Path, state: dict[str, Any]
 
 def _digest(before: str, block: list[Document]) -> str:
     """Return the SHA-256 of documents after those of another digest."""
-    content = json.dumps([before, *([d.id, d.title, d.text] for d in block)])
-    return hashlib.sha256(content.encode()).hexdigest()
+    content = hashlib.sha256(json.dumps([before, *([d.id, d.title, d.text] for d in block)]).encode())
+    for document in block:
+        if document.vector is not None:
+            content.update(document.vector.tobytes())
+    return content.hexdigest()

@@ -31,7 +31,7 @@ class Cell:
 
     Attributes:
         kind: Name in `BUILDERS`.
-        export: What is exported: the head and its bits, or the type of export where no head makes one.
+        export: What is exported: the head and its bits.
         metric: Score contract of the export.
         verdict: "exact": the model's scores in their order. "lossy": see `reason`. "refused": see `reason`.
         reason: What is approximated, or the whole message of the refusal; empty for an exact form.
@@ -59,9 +59,9 @@ def _exports(metric: Metric) -> dict[str, FaissExport]:
             codebooks=books, centroids=lists, metric=metric
         )
     for bits, books in sums.items():
-        exports[f"additive, {bits} bits"] = AdditiveCodebooks(codebooks=books, metric=metric)
+        exports[f"rq, {bits} bits"] = AdditiveCodebooks(codebooks=books, metric=metric)
     for bits, books in sums.items():
-        exports[f"additive in lists, {bits} bits"] = CoarseAdditiveCodebooks(
+        exports[f"ivfrq, {bits} bits"] = CoarseAdditiveCodebooks(
             codebooks=books, centroids=lists, metric=metric
         )
     return exports

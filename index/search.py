@@ -1,4 +1,4 @@
-"""Searcher: an index folder that answers text queries.
+"""Searcher: an index folder that answers queries: texts, or vectors where it was made from vectors.
 
 Shapes: B queries, D dimensions of their vectors, E of the index (D unless the head maps), k results.
 """
@@ -26,6 +26,7 @@ from retriever import (
     Encoder,
     InputError,
     Precision,
+    Query,
     embed_queries,
     map_queries,
     model_fingerprint,
@@ -33,6 +34,7 @@ from retriever import (
 from retriever.dual_encoder import load_query_map
 from retriever.folder import check_folder
 from retriever.heads import NoCompressionConfig
+from retriever.scores import Metric
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -87,6 +89,16 @@ class Searcher:
         """Dimension D of query vectors."""
         return int(self.faiss_index.d) if self._query_map is None else self._query_map.dim
 
+    @property
+    def metric(self) -> Metric:
+        """Score contract of the index."""
+        return "l2" if self.faiss_index.metric_type == load_faiss().METRIC_L2 else "inner_product"
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether queries become unit vectors."""
+        return self._model.query_encoder.settings.normalize
+
     def probe(self, nprobe: int) -> None:
         """Probe so many inverted lists from now on.
 
@@ -98,16 +110,16 @@ class Searcher:
             load_faiss().GpuParameterSpace().set_index_parameter(self._clone, "nprobe", nprobe)
 
     def embed(
-        self, queries: Sequence[str], *, precision: Precision = "fp32"
+        self, queries: Sequence[Query], *, precision: Precision = "fp32"
     ) -> Float[NDArray[np.float32], "B D"]:
-        """Return the vectors of query texts."""
+        """Return the vectors of query texts, or of query vectors as the model's tower makes them."""
         if not queries:
             raise InputError("there is no query to search for. Give at least one.")
         return embed_queries(self._model, queries, precision=precision).numpy()
 
     def search(
         self,
-        queries: Sequence[str],
+        queries: Sequence[Query],
         k: int = 10,
         *,
         precision: Precision = "fp32",

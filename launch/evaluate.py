@@ -25,7 +25,9 @@ def run(words: list[str]) -> int:
         "evaluate", "Measure retrieval quality on judged queries; ties are ordered as trec_eval does."
     )
     parser.add_argument("folder", type=str, help="Index folder or model folder.")
-    parser.add_argument("data", type=str, help="Folder in the BEIR layout, or a Hub data set.")
+    parser.add_argument(
+        "data", type=str, help="Folder in the BEIR layout, or a Hub data set; a folder of vector files."
+    )
     parser.add_argument("--split", type=str, default="test", help="Split of the judgements.")
     parser.add_argument(
         "--run", type=str | None, default=None, help="Also write the TREC run (index folders)."
@@ -56,7 +58,9 @@ def run(words: list[str]) -> int:
         return 0
     if _kind(folder) == "index":
         searcher = Searcher(folder)
-        metrics, results = evaluate_index(searcher, _judged_queries(options), precision=options.precision)
+        metrics, results = evaluate_index(
+            searcher, _judged_queries(options, searcher), precision=options.precision
+        )
         if options.run:
             write_run(Path(options.run), results, tag=folder.name)
     else:
@@ -65,9 +69,11 @@ def run(words: list[str]) -> int:
                 "--run and --nprobe need an index folder. Export the model first: endex export MODEL CORPUS --out DIR."
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = DualEncoder.load(folder).to(device)
+        normalize = model.query_encoder.settings.normalize
         metrics = evaluate_model(
-            DualEncoder.load(folder).to(device),
-            read_data(options.data, options.split),
+            model,
+            read_data(options.data, options.split, metric=model.head.metric, normalize=normalize),
             batch_size=options.batch_size,
             precision=options.precision,
         )
@@ -78,7 +84,7 @@ def run(words: list[str]) -> int:
 def _evaluate_probes(folder: Path, options: Any) -> dict[int, dict[str, float]]:
     """Return the measures for each number of probed lists, and draw them if asked."""
     searcher = Searcher(folder)
-    data, probes = _judged_queries(options), {}
+    data, probes = _judged_queries(options, searcher), {}
     for nprobe in sorted(set(options.nprobe)):
         searcher.probe(nprobe)
         probes[nprobe], _ = evaluate_index(searcher, data, precision=options.precision)
@@ -88,10 +94,17 @@ def _evaluate_probes(folder: Path, options: Any) -> dict[int, dict[str, float]]:
     return probes
 
 
-def _judged_queries(options: Any) -> RetrievalData:
+def _judged_queries(options: Any, searcher: Searcher) -> RetrievalData:
     """Read queries and judgements; the documents are in the index."""
     queries = read_queries(options.data)
-    return RetrievalData({}, queries, read_qrels(options.data, options.split, queries=queries))
+    qrels = read_qrels(
+        options.data,
+        options.split,
+        queries=queries,
+        metric=searcher.metric,
+        normalize=searcher.normalizes,
+    )
+    return RetrievalData({}, queries, qrels)
 
 
 def _probe_table(probes: dict[int, dict[str, float]]) -> str:

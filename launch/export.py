@@ -25,8 +25,8 @@ from index import (
 )
 from launch.arguments import parse, verb_parser
 from retriever import Precision, read_corpus
-from retriever.beir import count_documents
 from retriever.folder import MANIFEST, refuse_existing
+from retriever.sources import count_documents
 
 __all__ = ["describe_report", "run"]
 
@@ -41,7 +41,9 @@ def run(words: list[str]) -> int:
     )
     parser.add_argument("model", type=str, help="Model folder (best/ or last/ of a run).")
     parser.add_argument(
-        "corpus", type=str, help="Folder in the BEIR layout, corpus.jsonl[.gz], or a Hub data set."
+        "corpus",
+        type=str,
+        help="Folder in the BEIR layout, corpus.jsonl[.gz], or a Hub data set; a vector file or a folder of them.",
     )
     parser.add_argument("--out", type=str, required=True, help="Index (or shard) folder to write.")
     parser.add_class_arguments(IndexConfig, "index")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from index import Searcher
 from launch.arguments import parse, verb_parser
-from retriever import InputError, Precision, read_queries
+from retriever import InputError, Precision, Query, read_queries
 from training.evaluate import Run
 
 __all__ = ["run", "write_run"]
@@ -19,7 +20,10 @@ def run(words: list[str]) -> int:
     parser.add_argument("index", type=str, help="Index folder that endex export wrote.")
     parser.add_argument("--query", type=str | None, default=None, help="A query.")
     parser.add_argument(
-        "--queries", type=str | None, default=None, help="queries.jsonl[.gz] or a BEIR folder."
+        "--queries",
+        type=str | None,
+        default=None,
+        help="queries.jsonl[.gz] or a BEIR folder; a vector file or a folder of them.",
     )
     parser.add_argument("--k", type=int, default=10, help="Documents a query.")
     parser.add_argument(
@@ -50,7 +54,9 @@ def run(words: list[str]) -> int:
     )
     if options.gpu:
         searcher.to_gpu(options.gpu, k=options.k)
-    queries = {"query": options.query} if options.query is not None else read_queries(options.queries)
+    queries: Mapping[str, Query] = (
+        {"query": options.query} if options.query is not None else read_queries(options.queries)
+    )
     scores, ids = searcher.search(list(queries.values()), options.k, precision=options.precision)
     results: Run = {
         name: dict(zip(found, values, strict=False))  # fewer ids where the probed lists hold no more
@@ -69,7 +75,8 @@ def run(words: list[str]) -> int:
         return 0
     rows = {name: row for row, name in enumerate(searcher.document_ids)}
     for name, found in results.items():
-        print(f"{queries[name]}")
+        query = queries[name]
+        print(query if isinstance(query, str) else f"query {name}")
         for rank, (document, score) in enumerate(found.items(), start=1):
             print(f"  {rank:>3}  {score:.4f}  {document}  {_snippet(searcher, rows[document])}")
     return 0

@@ -1,19 +1,13 @@
 """Text -> vector -> code: the two towers and the compression heads."""
 
-from retriever.beir import (
-    Qrels,
-    RetrievalData,
-    read_corpus,
-    read_data,
-    read_negatives,
-    read_qrels,
-    read_queries,
-)
-from retriever.data import Collator, Document, TextPair, TokenBatch, Tokens
+from retriever.beir import Qrels, RetrievalData, read_negatives
+from retriever.data import Collator, Document, Query, TextPair, TokenBatch, Tokens
 from retriever.dual_encoder import DualEncoder, DualEncoderConfig, Embeddings, model_fingerprint
 from retriever.encoder import Encoder, EncoderSettings
 from retriever.errors import InputError
 from retriever.inference import Precision, embed_documents, embed_queries, map_queries
+from retriever.lora import LoraConfig
+from retriever.sources import read_corpus, read_data, read_qrels, read_queries
 from retriever.static import static_encoder
 
 __version__ = "0.1.0"
@@ -27,8 +21,10 @@ __all__ = [
     "Encoder",
     "EncoderSettings",
     "InputError",
+    "LoraConfig",
     "Precision",
     "Qrels",
+    "Query",
     "RetrievalData",
     "TextPair",
     "TokenBatch",

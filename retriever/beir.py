@@ -11,14 +11,14 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from retriever.data import Document, identifier_hash
+from retriever.data import Document, Query, identifier_hash
 from retriever.errors import InputError
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ Qrels = dict[str, dict[str, int]]
 class RetrievalData:
     """Documents and queries by id, judgements of one split, and given negatives by query id."""
 
-    documents: dict[str, Document]
-    queries: dict[str, str]
+    documents: Mapping[str, Document]
+    queries: Mapping[str, Query]
     qrels: Qrels
     negatives: dict[str, list[str]] = field(default_factory=dict)
 

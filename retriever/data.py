@@ -8,29 +8,34 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Int
+    from jaxtyping import Bool, Float, Int
+    from numpy.typing import NDArray
 
-__all__ = ["Collator", "Document", "TextPair", "TokenBatch", "Tokens", "document_key", "join_tokens"]
+__all__ = ["Collator", "Document", "Query", "TextPair", "TokenBatch", "Tokens", "document_key", "join_tokens"]
 
 Tokens = dict[str, Tensor]
-"""What a tokenizer returns: `input_ids` and `attention_mask`, both (B, L) int64."""
+"""What a tower takes: a tokenizer's `input_ids` and `attention_mask`, both (B, L) int64; or `vectors`, (B, D)."""
+Query: TypeAlias = "str | np.ndarray[Any, np.dtype[np.float32]]"
+"""A text, or a vector (D,)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document: identifier, optional title, text."""
+    """A document: identifier, optional title, text; or a vector in their place."""
 
     id: str
     title: str
     text: str
+    vector: Float[NDArray[np.float32], " D"] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +43,14 @@ class TextPair:
     """A query with a relevant document and, optionally, documents that are not relevant.
 
     Attributes:
-        query: The query's text.
+        query: The query's text, or vector.
         positive: A relevant document.
         negatives: H documents to be ranked below it.
         relevant_ids: Identifiers of all documents known to be relevant; they never count as negatives.
         teacher_scores: Optional scores of (positive, *negatives) from a teacher.
     """
 
-    query: str
+    query: Query
     positive: Document
     negatives: tuple[Document, ...] = ()
     relevant_ids: tuple[str, ...] = ()
@@ -94,13 +99,12 @@ def join_tokens(first: Tokens, second: Tokens) -> Tokens:
 
     Zero is the value of every tokenizer's mask on padding, and masked token ids are never looked at.
     """
-    length = max(first["input_ids"].shape[1], second["input_ids"].shape[1])
-    return {
-        name: torch.cat(
-            [F.pad(tokens[name], (0, length - tokens[name].shape[1])) for tokens in (first, second)]
-        )
-        for name in first
-    }
+    joined = {}
+    for name in first:
+        length = max(first[name].shape[1], second[name].shape[1])
+        parts = [F.pad(tokens[name], (0, length - tokens[name].shape[1])) for tokens in (first, second)]
+        joined[name] = torch.cat(parts)
+    return joined
 
 
 def identifier_hash(identifier: str) -> int:
@@ -139,7 +143,7 @@ class Collator:
 
     def __init__(
         self,
-        tokenize_queries: Callable[[Sequence[str]], Tokens],
+        tokenize_queries: Callable[[Sequence[Query]], Tokens],
         tokenize_documents: Callable[[Sequence[Document]], Tokens],
     ) -> None:
         self.tokenize_queries = tokenize_queries

@@ -1,4 +1,4 @@
-"""Encoder: transformer or token bag, pooling, normalisation, prompt. The only importer of `transformers`.
+"""Encoder: a transformer, token bag or vectors, and what follows. The only importer of `transformers`.
 
 Shapes: B texts, L tokens, D dimensions.
 
@@ -9,43 +9,45 @@ text-embeddings-inference all read; pooling, prompts, normalisation and lengths 
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from retriever.data import Tokens
+from retriever.data import Query, Tokens
 from retriever.errors import InputError
 from retriever.folder import read_json, write_json
+from retriever.last_token import append_end_token
+from retriever.lora import merge_lora, save_adapter
+from retriever.projection import load_dense, new_dense, save_dense
+from retriever.st_folder import (
+    ST_DENSE,
+    ST_MODULES,
+    ST_STATIC,
+    Pooling,
+    read_modules,
+    read_pooling,
+    write_modules,
+    write_pooling,
+)
 from retriever.token_bag import TokenBag, bag_tokens
+from retriever.vector_input import VectorInput
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 __all__ = ["Encoder", "EncoderSettings", "Pooling", "resolve_model"]
 
-Pooling = Literal["cls", "mean", "last"]
-ST_POOLING: dict[str, str] = {  # our name -> the flag in 1_Pooling/config.json
-    "cls": "pooling_mode_cls_token",
-    "mean": "pooling_mode_mean_tokens",
-    "last": "pooling_mode_lasttoken",
-}
-ST_COMPACT: dict[str, Pooling] = {
-    "cls": "cls",
-    "mean": "mean",
-    "lasttoken": "last",
-}  # sentence-transformers >= 5.4
-ST_MODULES = ["sentence_transformers.models.Transformer", "sentence_transformers.models.Pooling"]
-ST_STATIC = "sentence_transformers.models.StaticEmbedding"
-ST_NORMALIZE = "sentence_transformers.models.Normalize"
+ADAPTER_FOLDER = "lora_adapter"  # in a folder of its own, or transformers would put it on the merged weights
 STATIC_FOLDER = "0_StaticEmbedding"  # where published models have it; text-embeddings-inference looks there
+VECTORS = "vectors.json"  # marks the folder of a tower of vectors, which is no sentence-transformers model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ class EncoderSettings:
     Attributes:
         pooling: Which token embeddings are used: the first, the mean of all, or the last. A static encoder has
             the mean only.
-        normalize: Divide the vector by its Euclidean norm.
+        normalize: Divide the vector by its Euclidean norm; a tower of vectors does so before it centres and scales.
         max_length: Tokens kept of a text, prompt and special tokens included.
         query_prompt: Text put before every query.
         document_prompt: Text put before every document.
@@ -77,18 +79,26 @@ class EncoderSettings:
 class Encoder(nn.Module):
     """Turns texts into vectors with a transformer, or, in a static encoder, with the mean of token vectors.
 
-    A static encoder puts no special tokens into the mean; a text without tokens has the vector zero.
+    A tower of vectors takes vectors in the place of texts. A static encoder puts no special tokens into the mean; a
+    text without tokens has the vector zero.
 
     Args:
-        backbone: A transformers model that returns `last_hidden_state`, or a `TokenBag`.
-        tokenizer: Its tokenizer; of the library tokenizers for a `TokenBag`.
+        backbone: A transformers model that returns `last_hidden_state`, a `TokenBag` or a `VectorInput`.
+        tokenizer: Its tokenizer; of the library tokenizers for a `TokenBag`, None for a `VectorInput`.
         settings: Pooling, normalisation, prompts and length.
+        projection: Linear layers between pooling and normalisation; none by default.
 
     Raises:
         InputError: If the pooling of a `TokenBag` is not the mean.
     """
 
-    def __init__(self, backbone: nn.Module, tokenizer: Any, settings: EncoderSettings) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        tokenizer: Any,
+        settings: EncoderSettings,
+        projection: nn.Sequential | None = None,
+    ) -> None:
         super().__init__()
         if isinstance(backbone, TokenBag) and settings.pooling != "mean":
             raise InputError(
@@ -97,21 +107,51 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
+        self.projection = nn.Sequential() if projection is None else projection
 
     @property
     def dim(self) -> int:
         """Dimension D of the vectors."""
-        if isinstance(self.backbone, TokenBag):
+        return int(self.projection[-1].out_features) if len(self.projection) else self.width  # type: ignore[arg-type]
+
+    @property
+    def width(self) -> int:
+        """Dimension E of the pooled token embeddings."""
+        if isinstance(self.backbone, TokenBag | VectorInput):
             return self.backbone.dim
         return int(self.backbone.config.hidden_size)  # type: ignore[union-attr,arg-type]
 
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether queries and documents are vectors instead of texts."""
+        return isinstance(self.backbone, VectorInput)
+
     def with_settings(self, **changes: Any) -> Encoder:
         """Return an encoder with other settings over the same weights."""
-        return Encoder(self.backbone, self.tokenizer, replace(self.settings, **changes))
+        return Encoder(self.backbone, self.tokenizer, replace(self.settings, **changes), self.projection)
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> Tokens:
-        """Return token ids and attention mask, (B, L), of `prompt + text`, cut at `settings.max_length`."""
-        prompted = [prompt + text for text in texts]
+    def projected(self, dim: int) -> Encoder:
+        """Return an encoder whose vectors have `dim` dimensions: itself, or one with a new linear layer behind it."""
+        if dim == self.dim:
+            return self
+        layers = nn.Sequential(*self.projection, new_dense(self.dim, dim))
+        return Encoder(self.backbone, self.tokenizer, self.settings, layers)
+
+    def layers(self) -> list[nn.Module]:
+        """Return the transformer's layers, of which each can be recomputed or sharded as a whole."""
+        return [
+            module for module in self.backbone.modules() if isinstance(module, GradientCheckpointingLayer)
+        ]
+
+    def tokenize(self, texts: Sequence[Query], prompt: str = "") -> Tokens:
+        """Return token ids and attention mask, (B, L), of `prompt + text`, cut at `settings.max_length`; or vectors.
+
+        Raises:
+            InputError: If it is given vectors and takes texts, or the other way.
+        """
+        if isinstance(self.backbone, VectorInput):
+            return self.backbone.gather(texts)
+        prompted = [prompt + _text(text) for text in texts]
         if isinstance(self.backbone, TokenBag):
             return bag_tokens(self.tokenizer, prompted, self.settings.max_length)
         batch = self.tokenizer(
@@ -125,37 +165,60 @@ class Encoder(nn.Module):
 
     def forward(self, tokens: Tokens) -> Float[Tensor, "B D"]:
         """Return float32 embeddings of a batch of tokens."""
+        if isinstance(self.backbone, VectorInput):
+            rows = tokens["vectors"]
+            return self.backbone(F.normalize(rows, dim=-1) if self.settings.normalize else rows)  # type: ignore[no-any-return]
         if isinstance(self.backbone, TokenBag):
             vectors = self.backbone(tokens["input_ids"], tokens["attention_mask"]).float()
         else:
             hidden = self.backbone(**tokens).last_hidden_state  # (B, L, D)
             vectors = pool(hidden.float(), tokens["attention_mask"], self.settings.pooling)
+        vectors = self.projection(vectors).float()
         return F.normalize(vectors, dim=-1) if self.settings.normalize else vectors
 
     def save(self, folder: Path) -> None:
-        """Write a sentence-transformers folder (legacy layout, safetensors)."""
+        """Write a sentence-transformers folder (legacy layout, safetensors), adapters merged; or a tower of vectors."""
         folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.backbone, VectorInput):
+            self.backbone.save(folder)
+            write_json(folder / VECTORS, {"dim": self.dim, "normalize": self.settings.normalize})
+            return
         if isinstance(self.backbone, TokenBag):
             self.backbone.save(folder / STATIC_FOLDER, self.tokenizer, self.settings.max_length)
-            _write_modules(folder, self.settings, [(STATIC_FOLDER, ST_STATIC)])
-            return
-        with _quiet():
-            self.backbone.save_pretrained(folder)  # type: ignore[operator]
-        self.tokenizer.model_max_length = self.settings.max_length
-        self.tokenizer.save_pretrained(folder)
-        _write_pooling(folder, self.settings, self.dim)
-        _write_modules(folder, self.settings, list(zip(("", "1_Pooling"), ST_MODULES, strict=True)))
+            modules = [(STATIC_FOLDER, ST_STATIC)]
+        else:
+            _save_transformer(self.backbone, folder)
+            self.tokenizer.model_max_length = self.settings.max_length
+            self.tokenizer.save_pretrained(folder)
+            write_pooling(folder, self.settings, self.width)
+            modules = list(zip(("", "1_Pooling"), ST_MODULES, strict=True))
+        for layer in self.projection:
+            modules.append((f"{len(modules)}_Dense", ST_DENSE))
+            save_dense(layer, folder / modules[-1][0])  # type: ignore[arg-type]
+        write_modules(folder, self.settings, modules, transformers.__version__)
 
     @classmethod
-    def load(cls, model: str | Path, *, revision: str | None = None, **changes: Any) -> Encoder:
+    def load(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        attention: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        **changes: Any,
+    ) -> Encoder:
         """Load from a Hub name, a folder, or `package:NAME/FOLDER` (a folder inside an installed package).
 
         A sentence-transformers folder or repository brings its own settings; a plain transformers model gets
-        the defaults of `EncoderSettings`. One that begins with a `StaticEmbedding` becomes a static encoder.
+        the defaults of `EncoderSettings`, and, pooled by its last token, an end token behind every text. One that
+        begins with a `StaticEmbedding` becomes a static encoder. Padding is always on the right.
 
         Args:
             model: Name or path.
             revision: Branch, tag or commit of a Hub model.
+            attention: Implementation of a transformer's attention, as transformers names it; by default its own
+                choice, "sdpa" where the model has it.
+            dtype: Type of a transformer's weights.
             **changes: Settings that override the saved ones; None keeps them.
 
         Raises:
@@ -163,23 +226,49 @@ class Encoder(nn.Module):
         """
         source = resolve_model(str(model))
         given = {name: value for name, value in changes.items() if value is not None}
+        if (Path(source) / VECTORS).is_file():
+            stored = EncoderSettings(normalize=bool(read_json(Path(source) / VECTORS)["normalize"]))
+            return cls(VectorInput.load(Path(source)), None, replace(stored, **given))
         modules = _read_modules(source, revision)
         if modules and modules[0][0] == "StaticEmbedding":
+            if attention is not None:
+                raise InputError(
+                    f"the static model {source!r} has no attention to choose, got {attention!r}."
+                )
             backbone, tokenizer, longest = _load_token_bag(source, revision, modules[0][1])
         else:
-            backbone, tokenizer, longest = _load_transformer(source, revision)
-        settings = _read_sentence_transformers(source, revision, modules, longest)
-        return cls(backbone, tokenizer, replace(settings, **given))
+            backbone, tokenizer, longest = _load_transformer(source, revision, attention, dtype)
+        settings = replace(_read_sentence_transformers(source, revision, modules, longest), **given)
+        if settings.pooling == "last" and not modules:
+            append_end_token(tokenizer)
+        dense = [folder for kind, folder in modules if kind == "Dense"]
+        names = ("config.json", "model.safetensors")
+        layers = [load_dense(*_files(source, revision, folder, names)) for folder in dense]
+        return cls(backbone, tokenizer, settings, nn.Sequential(*layers))
 
 
-def _load_transformer(source: str, revision: str | None) -> tuple[nn.Module, Any, int]:
+def _text(item: Query) -> str:
+    if not isinstance(item, str):
+        raise InputError("this model takes texts, got a vector. Set model.encoder vectors, or give texts.")
+    return item
+
+
+def _load_transformer(
+    source: str, revision: str | None, attention: str | None, dtype: torch.dtype
+) -> tuple[nn.Module, Any, int]:
     """Return model, tokenizer and the most tokens that it takes."""
+    chosen = {} if attention is None else {"attn_implementation": attention}
     try:
         with _quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
-            backbone = transformers.AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+            backbone = transformers.AutoModel.from_pretrained(
+                source, revision=revision, dtype=dtype, **chosen
+            )
+    except (OSError, ValueError, ImportError) as error:
         raise _cannot_load(source, error) from error
+    if getattr(backbone.config, "use_cache", False):
+        backbone.config.use_cache = False  # keys and values of a decoder, kept for tokens that never come
+    tokenizer.padding_side = "right"  # absolute positions then begin at 0, and length groups can cut
     if tokenizer.pad_token is None:  # decoder models often have none
         tokenizer.pad_token = tokenizer.eos_token
     positions = getattr(backbone.config, "max_position_embeddings", None) or tokenizer.model_max_length
@@ -188,13 +277,20 @@ def _load_transformer(source: str, revision: str | None) -> tuple[nn.Module, Any
 
 def _load_token_bag(source: str, revision: str | None, folder: str) -> tuple[nn.Module, Any, int]:
     """Return model, tokenizer and the length at which it cuts."""
-    paths = []
-    for name in ("model.safetensors", "tokenizer.json"):
-        path = _hub_file(source, (Path(folder) / name).as_posix(), revision)
-        if path is None:
-            raise InputError(f"the static model {source!r} has no file {Path(folder) / name}. Restore it.")
-        paths.append(path)
-    return TokenBag.load(*paths)
+    return TokenBag.load(*_files(source, revision, folder, ("model.safetensors", "tokenizer.json")))
+
+
+def _save_transformer(backbone: Any, folder: Path) -> None:
+    adapted = hasattr(backbone, "peft_config")
+    state = backbone.state_dict()
+    with _quiet():
+        backbone.save_pretrained(folder, state_dict=merge_lora(backbone, state) if adapted else None)
+    if adapted:
+        config = read_json(folder / "config.json")
+        write_json(
+            folder / "config.json", {**config, "dtype": "float32"}
+        )  # transformers wrote that of the base
+        save_adapter(backbone, state, folder / ADAPTER_FOLDER)
 
 
 def _cannot_load(source: str, error: Exception) -> InputError:
@@ -251,38 +347,6 @@ def resolve_model(model: str) -> str:
     return str(path)
 
 
-def _write_pooling(folder: Path, settings: EncoderSettings, dim: int) -> None:
-    write_json(
-        folder / "sentence_bert_config.json", {"max_seq_length": settings.max_length, "do_lower_case": False}
-    )
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    flags = {flag: pooling == settings.pooling for pooling, flag in ST_POOLING.items()}
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": dim, **flags, "include_prompt": True},
-    )
-
-
-def _write_modules(folder: Path, settings: EncoderSettings, modules: list[tuple[str, str]]) -> None:
-    """Write `modules.json` and the prompts; `modules` are (folder, type) without the normalisation."""
-    if settings.normalize:
-        modules = [*modules, (f"{len(modules)}_Normalize", ST_NORMALIZE)]
-        (folder / modules[-1][0]).mkdir(exist_ok=True)  # sentence-transformers expects the folder, empty
-    write_json(
-        folder / "modules.json",
-        [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(modules)],
-    )
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {
-            "__version__": {"transformers": transformers.__version__, "pytorch": torch.__version__},
-            "prompts": {"query": settings.query_prompt, "document": settings.document_prompt},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine" if settings.normalize else "dot",
-        },
-    )
-
-
 def _hub_file(source: str, name: str, revision: str | None) -> Path | None:
     """Return the path of a file of a model folder or Hub repository; None if it has no such file."""
     found = transformers.utils.cached_file(
@@ -295,6 +359,17 @@ def _hub_file(source: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if found else None
 
 
+def _files(source: str, revision: str | None, folder: str, names: Sequence[str]) -> list[Path]:
+    """Return the paths of files that a folder of a model must have."""
+    paths = []
+    for name in names:
+        path = _hub_file(source, (Path(folder) / name).as_posix(), revision)
+        if path is None:
+            raise InputError(f"the model {source!r} has no file {Path(folder) / name}. Restore it.")
+        paths.append(path)
+    return paths
+
+
 def _read_modules(source: str, revision: str | None) -> list[tuple[str, str]]:
     """Return (kind, folder) of the modules of a sentence-transformers folder or repository; none if it is none."""
     try:
@@ -303,23 +378,7 @@ def _read_modules(source: str, revision: str | None) -> list[tuple[str, str]]:
         raise _cannot_load(source, error) from error
     if path is None:
         return []
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        found = [(str(module["type"]).rsplit(".", 1)[-1], str(module["path"])) for module in modules]
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}. Restore the file.") from None
-    except (KeyError, TypeError):
-        raise InputError(f"{path} must be a list of modules with type and path. Restore the file.") from None
-    kinds = [kind for kind, _ in found]
-    static = kinds[:1] == ["StaticEmbedding"]
-    carried = ("StaticEmbedding", "Normalize") if static else ("Transformer", "Pooling", "Normalize")
-    unknown = [kind for kind in kinds if kind not in carried]
-    if unknown:
-        raise InputError(
-            f"the model {source!r} has a module {unknown[0]!r} after its {kinds[0] if static else 'transformer'}, "
-            f"which Endex does not carry. Use a model of {', '.join(carried[:-1])} and {carried[-1]} only."
-        )
-    return found
+    return read_modules(path, source)
 
 
 def _read_sentence_transformers(
@@ -335,7 +394,7 @@ def _read_sentence_transformers(
     settings: dict[str, Any] = {"normalize": "Normalize" in folders, "max_length": longest}
     if "Pooling" in folders:
         path = _hub_file(source, f"{folders['Pooling']}/config.json", revision)
-        settings["pooling"] = _read_pooling(read_json(path), str(source)) if path else "mean"
+        settings["pooling"] = read_pooling(read_json(path), str(source)) if path else "mean"
     path = _hub_file(source, "sentence_bert_config.json", revision)
     if path and "Transformer" in folders:
         transformer = read_json(path)
@@ -348,19 +407,3 @@ def _read_sentence_transformers(
         settings["query_prompt"] = prompts.get("query") or ""
         settings["document_prompt"] = prompts.get("document") or prompts.get("passage") or ""
     return EncoderSettings(**settings)
-
-
-def _read_pooling(config: dict[str, Any], source: str) -> Pooling:
-    if config.get("include_prompt") is False:
-        raise InputError(
-            f"the model {source!r} leaves the prompt out of its pooling, which Endex does not do."
-        )
-    if compact := config.get("pooling_mode"):
-        if isinstance(compact, str) and compact in ST_COMPACT:
-            return ST_COMPACT[compact]
-        raise InputError(f"the model {source!r} pools by {compact!r}; Endex knows {', '.join(ST_COMPACT)}.")
-    active = [name for name, value in config.items() if name.startswith("pooling_mode_") and value is True]
-    for pooling in get_args(Pooling):
-        if active == [ST_POOLING[pooling]]:
-            return pooling  # type: ignore[no-any-return]
-    raise InputError(f"the model {source!r} pools by {active}; Endex knows {', '.join(ST_POOLING.values())}.")

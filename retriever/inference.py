@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from retriever.data import Document, Tokens
+from retriever.data import Document, Query, Tokens
 from retriever.dual_encoder import DualEncoder
 from retriever.errors import InputError
 from retriever.heads import CompressionHead
@@ -40,7 +40,7 @@ def precision_context(precision: Precision, device: torch.device) -> AbstractCon
 
 
 def embed_queries(
-    model: DualEncoder, texts: Sequence[str], *, batch_size: int = 64, precision: Precision = "fp32"
+    model: DualEncoder, texts: Sequence[Query], *, batch_size: int = 64, precision: Precision = "fp32"
 ) -> Float[Tensor, "n D"]:
     """Return the vectors of queries on the CPU, float32, in the order given."""
     return _embed(texts, len, model.tokenize_queries, model.encode_queries, model, batch_size, precision)
@@ -78,7 +78,7 @@ def _embed(
     batch_size: int,
     precision: Precision,
 ) -> Tensor:
-    device = next(model.parameters()).device
+    device = model.device
     order = sorted(range(len(items)), key=lambda row: -length(items[row]))  # longest first: little padding
     vectors = torch.empty(len(items), model.dim)
     training = model.training

@@ -24,13 +24,18 @@ A two-tower retriever trained together with its compression by [Endex](https://p
 {table}
 
 ```bash
-endex export THIS_FOLDER CORPUS --out INDEX     # texts -> codes -> FAISS, nothing is trained
-endex search INDEX --query "your question"
+endex export THIS_FOLDER {corpus} --out INDEX     # {inputs} -> codes -> FAISS, nothing is trained
+endex search INDEX {query}
 ```
 
-The folders of the towers are sentence-transformers models; `head/` holds the codebooks. `experiment.yaml` is the
+{towers_are}; `head/` holds the codebooks. `experiment.yaml` is the
 complete configuration.
 """
+
+TOWERS = {
+    "texts": "The folders of the towers are sentence-transformers models",
+    "vectors": "`encoder/` holds what centres and scales a vector",
+}
 
 
 def model_card(name: str, experiment: Experiment, model: DualEncoder, metrics: dict[str, float]) -> str:
@@ -50,7 +55,9 @@ def model_card(name: str, experiment: Experiment, model: DualEncoder, metrics: d
         library_name="sentence-transformers",
         pipeline_tag="sentence-similarity",
         tags=["endex", "dense-retrieval", "product-quantization", "faiss"],
-        base_model=None if ":" in experiment.model.encoder else experiment.model.encoder,
+        base_model=None
+        if model.takes_vectors or ":" in experiment.model.encoder
+        else experiment.model.encoder,
         model_name=name,
         eval_results=results or None,
     )
@@ -65,6 +72,10 @@ def model_card(name: str, experiment: Experiment, model: DualEncoder, metrics: d
         towers="tied" if model.tied else "separate",
         dim=model.dim,
         table=_table(metrics),
+        corpus="VECTORS" if model.takes_vectors else "CORPUS",
+        inputs="vectors" if model.takes_vectors else "texts -> vectors",
+        query="--queries QUERIES" if model.takes_vectors else '--query "your question"',
+        towers_are=TOWERS["vectors" if model.takes_vectors else "texts"],
     )
     return f"---\n{data.to_yaml()}\n---\n{body}"
 

@@ -30,11 +30,12 @@ def _require(condition: bool, field_name: str, value: object, rule: str) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Training and evaluation texts.
+    """Training and evaluation texts, or vectors.
 
     Attributes:
-        source: Folder in the BEIR layout, or name of a Hub data set.
-        train_split: Split whose judgements give the training pairs.
+        source: Folder in the BEIR layout, or name of a Hub data set; with model.encoder vectors a vector file, or a
+            folder with base.* and, if it has them, learn.*, query.* and groundtruth.*.
+        train_split: Split whose judgements give the training pairs; "train" of vectors are learn.*, else base.*.
         negatives_per_query: Given negatives of a query in each batch (from negatives.jsonl, else random documents).
         max_pairs: Use only the first pairs; all by default.
         labels: "judged" takes the split's judgements; "teacher" only its queries, each with the document that the
@@ -95,6 +96,8 @@ class OptimizationConfig:
         epochs: Passes over the training pairs, if `steps` is not given.
         batch_size: Queries a step over all devices and accumulation rounds.
         accumulation: Rounds of forward and backward a step; negatives are shared within a round.
+        chunk_size: Queries, with their documents, that a device encodes at a time; 0 for all of a round. Fewer take
+            less memory for a third more work, and give the same gradients: negatives are still those of the round.
         lr: Peak learning rate of the towers.
         head_lr: Peak learning rate of the head.
         weight_decay: AdamW's weight decay on the towers' matrices.
@@ -119,6 +122,7 @@ class OptimizationConfig:
     epochs: float = 1.0
     batch_size: int = 64
     accumulation: int = 1
+    chunk_size: int = 0
     lr: float = 5e-5
     head_lr: float = 1e-4
     weight_decay: float = 0.01
@@ -149,7 +153,8 @@ class OptimizationConfig:
             _require(
                 0 <= getattr(self, name) <= 1, f"optimization.{name}", getattr(self, name), "between 0 and 1"
             )
-        _require(self.weight_decay >= 0, "optimization.weight_decay", self.weight_decay, "0 or more")
+        for name in ("weight_decay", "chunk_size"):
+            _require(getattr(self, name) >= 0, f"optimization.{name}", getattr(self, name), "0 or more")
         _require(self.steps is None or self.steps >= 1, "optimization.steps", self.steps, "at least 1")
         _require(
             self.schedule in get_args(Schedule),
@@ -287,12 +292,20 @@ class Experiment:
                 "optimization.freeze documents needs towers of their own: tied towers share their weights. "
                 "Set model.tie false."
             )
-        if freeze == "both" and self.head.name == "none":
-            raise InputError("optimization.freeze both with the head none leaves nothing to train.")
-        if freeze == "both" and self.optimization.dense_warmup:
+        only_head = "model.encoder vectors" if self.model.takes_vectors else ""
+        only_head = "optimization.freeze both" if freeze == "both" else only_head
+        if only_head and self.head.name == "none":
+            raise InputError(f"{only_head} with the head none leaves nothing to train. Choose another head.")
+        if only_head and self.optimization.dense_warmup:
             raise InputError(
-                "optimization.freeze both leaves only the head to train, so optimization.dense_warmup must be 0, got "
+                f"{only_head} leaves only the head to train, so optimization.dense_warmup must be 0, got "
                 f"{self.optimization.dense_warmup}."
+            )
+        if self.model.dtype != "float32" and self.model.lora is None and freeze != "both":
+            raise InputError(
+                f"model.dtype {self.model.dtype} rounds away the small steps of weights that train. Set model.lora, "
+                "optimization.freeze both, or leave it float32: optimization.precision bf16 computes in bfloat16 and "
+                "keeps float32 weights."
             )
         blank = isinstance(self.loss, DistillationConfig) and not self.loss.label_weight
         if blank and self.optimization.dense_warmup:

@@ -6,16 +6,16 @@ Devices, data, model, optimizer, batches, checkpoints; the loop itself is in `tr
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from retriever import (
@@ -31,19 +31,16 @@ from retriever import (
 from retriever.data import document_key
 from retriever.heads import QuantizerFit
 from training.candidates import build_candidates, freeze_towers
-from training.checkpoint import Progress, checkpoint_folder, load_checkpoint, save_checkpoint
+from training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from training.evaluate import embed_in_shares, search_exhaustively, select_evaluation
 from training.experiment import Experiment, OptimizationConfig
 from training.negatives import BatchPlan, PairDataset
 from training.optimizer import parameter_groups
 from training.recipe import dump_experiment
-from training.run_folder import checkpoint_to_continue, clear_leftovers, depends_on_processes
+from training.run_folder import checkpoint_to_continue
 
 __all__ = ["TrainingRun"]
 
-COLLECTIVE_TIMEOUT = timedelta(hours=2)
-"""How long processes wait for each other. NCCL's ten minutes end a run in which the first one clusters the head's
-sample or writes a large model to a slow disk. Where a process dies, torchrun ends the others at once."""
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -74,20 +71,17 @@ class TrainingRun:
             mixed_precision=PRECISIONS[optimization.precision],
             log_with=experiment.tracking.trackers or None,
             project_dir=str(self.folder),
-            cpu=_processes_share_cpus(),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=True),
-                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
-            ],
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.processes = self.accelerator.num_processes
         self._check_batch(optimization)
         self.data = read_data(experiment.data.source, experiment.data.train_split)
-        self.evaluation = self._read_evaluation()
         torch.manual_seed(experiment.seed)
-        self.model = experiment.model.build(experiment.head).to(self.accelerator.device)
+        self.model = experiment.model.build(experiment.head, self.data.documents).to(self.accelerator.device)
+        self.evaluation = self._read_evaluation()
         self.loss = experiment.loss.build()
         freeze_towers(self.model, optimization.freeze)
+        self._check_chunks(optimization)
         self.candidates = build_candidates(experiment, self.model, self.data.documents.values(), self.embed)
         self.corpus = self.candidates.corpus
         self._plan_pairs()
@@ -99,10 +93,11 @@ class TrainingRun:
         self.state.to(self.accelerator.device)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
-    def rounds(self) -> Iterator[TokenBatch]:
-        """Yield this device's batches: `accumulation` rounds of each remaining step."""
+    def rounds(self) -> Iterator[list[TokenBatch]]:
+        """Yield this device's batches in chunks: `accumulation` rounds of each remaining step."""
         optimization = self.experiment.optimization
         size = optimization.batch_size // (optimization.accumulation * self.processes)
+        chunk = min(optimization.chunk_size or size, size)
         offsets = [
             (a * self.processes + self.accelerator.process_index) * size
             for a in range(optimization.accumulation)
@@ -111,14 +106,20 @@ class TrainingRun:
         frozen = optimization.freeze != "none"  # documents are then vectors already
         loader = DataLoader(
             self.dataset,
-            batch_sampler=[batch[start : start + size] for batch in plan for start in offsets],
+            batch_sampler=(
+                batch[start + first : start + min(first + chunk, size)]
+                for batch in plan
+                for start in offsets
+                for first in range(0, size, chunk)
+            ),
             collate_fn=Collator(
                 self.model.tokenize_queries, (lambda _: {}) if frozen else self.model.tokenize_documents
             ),
             generator=torch.Generator(),  # its own, or its start would draw from the step's random numbers
         )
-        for batch in loader:
-            yield batch.to(self.accelerator.device)
+        batches = iter(loader)
+        while chunks := list(islice(batches, math.ceil(size / chunk))):
+            yield [batch.to(self.accelerator.device) for batch in chunks]
 
     def embed(self, documents: Sequence[Document]) -> Tensor:
         """Return the current vectors of documents, on the device; every process embeds a share."""
@@ -160,32 +161,25 @@ class TrainingRun:
     def restore(self, resume: bool) -> None:
         """Continue from the newest checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            return
-        if self.accelerator.is_main_process:
-            clear_leftovers(self.folder)
-        self.accelerator.wait_for_everyone()
-        path = checkpoint_to_continue(self.folder, self.experiment)
+        path = checkpoint_to_continue(self.folder, self.experiment) if resume else None
         if path is None:
             return
         self.progress, scaler = load_checkpoint(path, model=self.state, optimizer=self.optimizer)
-        reason = depends_on_processes(self.experiment)
-        if self.progress.processes != self.processes and reason:
+        if self.progress.processes != self.processes:
             raise InputError(
                 f"{path} was written by {self.progress.processes} processes and cannot continue exactly on "
-                f"{self.processes}: {reason}. Start as many processes as before."
+                f"{self.processes}. Start as many processes as before."
             )
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
 
-    def save_checkpoint(self) -> Path:
-        """Publish the state after this step, from the main process; return its folder."""
-        folder = self.folder / "checkpoints"
+    def save_checkpoint(self) -> None:
+        """Publish the state after this step, from the main process."""
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             self.progress.processes = self.processes
             save_checkpoint(
-                folder,
+                self.folder / "checkpoints",
                 model=self.state,
                 optimizer=self.optimizer,
                 progress=self.progress,
@@ -194,7 +188,6 @@ class TrainingRun:
                 keep=self.experiment.checkpoint.keep,
             )
         self.accelerator.wait_for_everyone()
-        return checkpoint_folder(folder, self.progress.step)
 
     def _plan_pairs(self) -> None:
         """Decide which pairs each step sees."""
@@ -233,21 +226,30 @@ class TrainingRun:
                 f"{optimization.batch_size} and {optimization.accumulation} x {self.processes}."
             )
 
+    def _check_chunks(self, optimization: OptimizationConfig) -> None:
+        if not optimization.chunk_size:
+            return
+        if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
+            raise InputError(
+                f"optimization.chunk_size goes back several times a step, which DeepSpeed's engine does not, got "
+                f"{optimization.chunk_size}. Train under DDP or FSDP, or set chunk_size 0."
+            )
+        for tower in (self.model.query_encoder, self.model.document_encoder):
+            for name, module in tower.named_modules():
+                if isinstance(module, _BatchNorm):
+                    raise InputError(
+                        f"optimization.chunk_size encodes a batch in parts, but the tower's {name} normalizes by the "
+                        f"whole batch, got {optimization.chunk_size}. Set chunk_size 0, or take another model."
+                    )
+
     def _read_evaluation(self) -> RetrievalData:
         config, data = self.experiment.evaluation, self.experiment.data
         source = data.evaluation_source or data.source
-        whole = read_data(source, data.evaluation_split)
+        normalize = self.model.query_encoder.settings.normalize
+        whole = read_data(source, data.evaluation_split, metric=self.model.head.metric, normalize=normalize)
         return select_evaluation(whole, queries=config.queries, documents=config.documents)
 
     def _warm_start_ids(self) -> list[str]:
         if self.experiment.optimization.warm_start_from == "corpus":
             return sorted(self.data.documents)
         return sorted({document for _, document in self.dataset.rows})
-
-
-def _processes_share_cpus() -> bool:
-    """Whether a launcher started several processes on a machine without accelerators.
-
-    accelerate has to be told, or it takes each of them for a run of its own.
-    """
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()

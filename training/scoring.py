@@ -14,6 +14,7 @@ Which documents a query is scored with, and where the gradient goes (MoPQ, arXiv
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -28,11 +29,86 @@ from training.losses import ScoredBatch
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["CrossDevice", "repeated_documents", "score_batch"]
+__all__ = ["CrossDevice", "JoinedBatch", "join_batch", "repeated_documents", "score_batch"]
 
 CrossDevice = Literal["in_batch", "detached", "rows", "full"]
 
 JOIN = {"in_batch": lambda x: x, "detached": gather_detached, "rows": all_gather, "full": gather_detached}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinedBatch:
+    """What has come together on this device: queries to be scored, and all documents that they are scored with.
+
+    Scores of any rows can be made from it, so that a large batch need not hold all of them at once.
+
+    Attributes:
+        metric: Score contract.
+        queries: Queries to be scored, (B, D).
+        mapped_queries: The same in the head's space, (B, E).
+        candidates: Documents that they are scored with, (N, D).
+        candidate_reconstruction: The same after compression, (N, E).
+        candidate_coarse: Centroids of their inverted lists, (N, E), or None.
+        keys: Keys of the candidates, (N,).
+        relevant: Keys of the documents known to be relevant to each query, zero-padded, (B, R).
+        labels: Row of each query's positive among the candidates, (B,).
+        documents: Uncompressed vectors of the documents of `positives`, (n, D): this device's, n <= N.
+        reconstruction: The same after compression, (n, E).
+        positives: Rows of `documents` that are positives, (B,).
+        log_assignment: log-probability of the codes of `documents`, (n,), or None.
+        teacher_queries: Vectors of the frozen teacher, (B, D), or None.
+        teacher_candidates: The same for the candidates, (N, D), or None.
+        mapped: `documents` in the head's own space, (n, E); None where that is the towers'.
+    """
+
+    metric: Metric
+    queries: Float[Tensor, "B D"]
+    mapped_queries: Float[Tensor, "B E"]
+    candidates: Float[Tensor, "N D"]
+    candidate_reconstruction: Float[Tensor, "N E"]
+    candidate_coarse: Float[Tensor, "N E"] | None
+    keys: Int[Tensor, " N"]
+    relevant: Int[Tensor, "B R"]
+    labels: Int[Tensor, " B"]
+    documents: Float[Tensor, "n D"]
+    reconstruction: Float[Tensor, "n E"]
+    positives: Int[Tensor, " B"]
+    log_assignment: Float[Tensor, " n"] | None
+    teacher_queries: Float[Tensor, "B D"] | None
+    teacher_candidates: Float[Tensor, "N D"] | None
+    mapped: Float[Tensor, "n E"] | None
+
+    def score(self, rows: slice = slice(None)) -> ScoredBatch:
+        """Return the scores of some queries, by default of all, with all candidates."""
+        labels, mapped_queries = self.labels[rows], self.mapped_queries[rows]
+        dense = score_matrix(self.queries[rows], self.candidates, self.metric)
+        compressed, coarse, teacher = dense, None, None
+        same = self.candidate_reconstruction is self.candidates and self.mapped_queries is self.queries
+        if not same:  # as they are before the head's start
+            compressed = score_matrix(mapped_queries, self.candidate_reconstruction, self.metric)
+        if self.candidate_coarse is not None:
+            coarse = score_matrix(mapped_queries, self.candidate_coarse, self.metric)
+        if self.teacher_queries is not None and self.teacher_candidates is not None:
+            teacher = score_matrix(self.teacher_queries[rows], self.teacher_candidates, self.metric)
+        repeated = repeated_documents(self.keys, labels)
+        return ScoredBatch(
+            dense=dense,
+            compressed=compressed,
+            labels=labels,
+            ignore=other_relevant(self.keys, self.relevant[rows], labels) | repeated,
+            repeated=repeated,
+            documents=self.documents,
+            reconstruction=self.reconstruction,
+            positives=self.positives[rows],
+            log_assignment=self.log_assignment,
+            coarse=coarse,
+            teacher=teacher,
+            mapped=self.mapped,
+        )
+
+
+Teacher = tuple[Tensor, Tensor]
+"""Vectors of the frozen teacher for a batch's queries, (B, D), and documents, (n, D)."""
 
 
 def score_batch(
@@ -41,9 +117,21 @@ def score_batch(
     *,
     metric: Metric,
     mode: CrossDevice,
-    teacher: tuple[Float[Tensor, "B D"], Float[Tensor, "n D"]] | None = None,
+    teacher: Teacher | None = None,
 ) -> ScoredBatch:
-    """Return the scores of this device's queries, or in mode `full` of all queries.
+    """Return the scores of this device's queries, or in mode `full` of all queries; see `join_batch`."""
+    return join_batch(vectors, batch, metric=metric, mode=mode, teacher=teacher).score()
+
+
+def join_batch(
+    vectors: Embeddings,
+    batch: TokenBatch,
+    *,
+    metric: Metric,
+    mode: CrossDevice,
+    teacher: Teacher | None = None,
+) -> JoinedBatch:
+    """Bring together what is scored on this device.
 
     Args:
         vectors: Queries, documents and the head's output on them.
@@ -53,41 +141,43 @@ def score_batch(
         teacher: Vectors of the frozen teacher for the same queries and documents.
     """
     join, head, own = JOIN[mode], vectors.compressed, len(vectors.documents)
-    documents, reconstruction = join(vectors.documents), join(head.reconstruction)
+    candidates = join(vectors.documents)
+    same = head.reconstruction is vectors.documents
+    reconstruction = candidates if same else join(head.reconstruction)
     keys = all_gather(batch.document_keys) if mode != "in_batch" else batch.document_keys
     queries, mapped_queries = vectors.queries, vectors.mapped_queries
     relevant, positives = batch.relevant_keys, batch.positives
     labels = positives + (_rank() * own if mode != "in_batch" else 0)
     parts, mapped, log_assignment = (vectors.documents, head.reconstruction), head.mapped, head.log_assignment
+    teacher_queries, teacher_candidates = teacher or (None, None)
+    if teacher_candidates is not None and mode != "in_batch":
+        teacher_candidates = all_gather(teacher_candidates)
     if mode == "full":
         queries, mapped_queries = gather_detached(queries), gather_detached(mapped_queries)
         relevant = gather_padded(relevant)
         labels = positives = all_gather(labels)
-        parts = (documents, reconstruction)
+        parts = (candidates, reconstruction)
         mapped = None if mapped is None else gather_detached(mapped)
         log_assignment = None if log_assignment is None else gather_detached(log_assignment)
-    repeated = repeated_documents(keys, labels)
-    return ScoredBatch(
-        dense=score_matrix(queries, documents, metric),
-        compressed=score_matrix(mapped_queries, reconstruction, metric),
+        teacher_queries = None if teacher_queries is None else all_gather(teacher_queries)
+    return JoinedBatch(
+        metric=metric,
+        queries=queries,
+        mapped_queries=mapped_queries,
+        candidates=candidates,
+        candidate_reconstruction=reconstruction,
+        candidate_coarse=None if head.coarse is None else join(head.coarse),
+        keys=keys,
+        relevant=relevant,
         labels=labels,
-        ignore=other_relevant(keys, relevant, labels) | repeated,
-        repeated=repeated,
         documents=parts[0],
         reconstruction=parts[1],
         positives=positives,
         log_assignment=log_assignment,
-        coarse=None if head.coarse is None else score_matrix(mapped_queries, join(head.coarse), metric),
-        teacher=None if teacher is None else _teacher_scores(teacher, metric, mode),
+        teacher_queries=teacher_queries,
+        teacher_candidates=teacher_candidates,
         mapped=mapped,
     )
-
-
-def _teacher_scores(teacher: tuple[Tensor, Tensor], metric: Metric, mode: CrossDevice) -> Tensor:
-    queries, documents = teacher
-    if mode == "full":
-        queries = all_gather(queries)
-    return score_matrix(queries, documents if mode == "in_batch" else all_gather(documents), metric)
 
 
 def repeated_documents(keys: Int[Tensor, " N"], labels: Int[Tensor, " B"]) -> Bool[Tensor, "B N"]:

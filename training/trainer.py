@@ -9,7 +9,6 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,15 +22,14 @@ from retriever import Document, TokenBatch
 from retriever.distributed import all_gather
 from retriever.heads import QuantizerFit
 from training.card import model_card
+from training.chunked import ChunkedRound
 from training.evaluate import evaluate_model
 from training.experiment import Experiment
-from training.losses import ScoredBatch
 from training.optimizer import clip_gradients, forget, learning_rate_factor
-from training.preemption import Preempted, StopRequest
 from training.recipe import dump_experiment
+from training.rounds import Round, RoundResult, WholeRound
 from training.run import TrainingRun
 from training.run_folder import refuse_finished
-from training.scoring import score_batch
 from training.tracking import RunLog
 
 __all__ = ["Trainer", "TrainingReport"]
@@ -80,27 +78,13 @@ class Trainer:
 
         Raises:
             InputError: If data, model or output folder are not fit for the run.
-            Preempted: If SIGTERM or SIGUSR1 came; the step is finished and a checkpoint written.
         """
         refuse_finished(Path(self.experiment.output), resume)
-        with StopRequest() as stop:
-            self.run = run = TrainingRun(self.experiment, self.quantizer_fit, self.start_vectors)
-            run.restore(resume)
-            log = RunLog(run.folder, self.experiment, run.accelerator, run.progress)
-            try:
-                self._train(log, stop)
-            except Preempted:
-                log.close()
-                raise
-            report = self._finish()
-            log.close()  # ends the process group, so it comes last
-        return report
-
-    def _train(self, log: RunLog, stop: StopRequest) -> None:
-        """Take the remaining steps."""
-        run, config = self.run, self.experiment
-        self._evaluate_if_due(log)  # a signal may have left no time for it
+        self.run = run = TrainingRun(self.experiment, self.quantizer_fit, self.start_vectors)
+        run.restore(resume)
+        log = RunLog(run.folder, self.experiment, run.accelerator, run.progress.step)
         self._started, self._pairs = time.perf_counter(), 0
+        self._round: Round = (ChunkedRound if self.experiment.optimization.chunk_size else WholeRound)(run)
         rounds = run.rounds()
         with tqdm(
             desc="train",
@@ -109,23 +93,25 @@ class Trainer:
             disable=not (self.show_progress and run.accelerator.is_main_process),
         ) as bar:
             for step in range(run.progress.step, run.steps):
-                if run.progress.stopped:
-                    break
                 torch.manual_seed(self._seed(step))
                 self._start_or_refresh(step)
                 row = self._step(step, rounds)
                 run.progress.step = step + 1
-                if self._due(config.tracking.every):
+                if self._due(self.experiment.tracking.every):
                     log.log(step + 1, self._collect(row))
                     bar.set_postfix(loss=f"{row['train/loss']:.3f}", refresh=False)
-                if stop.agreed(run.accelerator.device):
-                    raise Preempted(step + 1, run.save_checkpoint())
-                self._evaluate_if_due(log)
-                if self._due(config.checkpoint.every):
+                if self._due(self.experiment.evaluation.every):
+                    log.log(step + 1, self._evaluate())
+                if self._due(self.experiment.checkpoint.every):
                     run.save_checkpoint()
                 bar.update()
+                if run.progress.stopped:
+                    break
+        report = self._finish()
+        log.close()  # ends the process group, so it comes last
+        return report
 
-    def _step(self, step: int, rounds: Iterator[TokenBatch]) -> dict[str, float]:
+    def _step(self, step: int, rounds: Iterator[list[TokenBatch]]) -> dict[str, float]:
         """Run one optimizer step; return the values to log."""
         run, optimization = self.run, self.experiment.optimization
         run.wrapped.train()
@@ -136,13 +122,9 @@ class Trainer:
         for group in run.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
         compress = step >= run.head_start
-        for number, batch in enumerate(islice(rounds, optimization.accumulation)):
-            last = number == optimization.accumulation - 1
-            with nullcontext() if last else run.accelerator.no_sync(run.wrapped):
-                parts, seen = self._losses(batch, compress)
-                loss = torch.stack([self._scale(name) * value for name, value in parts.items()]).sum()
-                run.accelerator.backward(loss / optimization.accumulation)
-            for name, value in parts.items():
+        for number, chunks in enumerate(islice(rounds, optimization.accumulation)):
+            seen = self._round(chunks, compress=compress, last=number == optimization.accumulation - 1)
+            for name, value in seen.parts.items():
                 row[f"train/loss_{name}"] += self._mean(value) / optimization.accumulation
         row["train/loss"] = sum(value for name, value in row.items() if name.startswith("train/loss_"))
         run.accelerator.unscale_gradients()
@@ -156,42 +138,13 @@ class Trainer:
         self._pairs += optimization.batch_size
         return {**row, "train/lr": run.optimizer.param_groups[0]["lr"]}
 
-    def _losses(self, batch: TokenBatch, compress: bool) -> tuple[dict[str, Tensor], ScoredBatch]:
-        """Return the loss parts of one round, and what they were computed from."""
-        run = self.run
-        with run.accelerator.autocast():
-            batch = run.candidates.extend(batch, run.model, compressed=compress)
-            known = run.candidates.known_vectors(batch)
-            teacher = run.candidates.teach(batch, known)
-        vectors = run.wrapped(batch, compress, known)
-        scored = score_batch(
-            vectors,
-            batch,
-            metric=run.model.head.metric,
-            mode=self.experiment.optimization.cross_device,
-            teacher=teacher,
-        )
-        if compress:
-            run.model.head.count(all_gather(vectors.compressed.codes))
-        head_losses = {f"head_{name}": value for name, value in vectors.compressed.losses.items()}
-        return {**run.loss(scored), **head_losses}, scored
-
-    def _scale(self, name: str) -> int:
-        """Return the factor of a loss part whose gradient is averaged over the devices.
-
-        In mode `full` every device has the gradient of the whole loss by its own vectors, and the sum is wanted.
-        """
-        optimization = self.experiment.optimization
-        whole = optimization.cross_device == "full" and optimization.world_scale == "exact"
-        return self.run.processes if whole and not name.startswith("head_") else 1
-
-    def _care_for_codebooks(self, step: int, seen: ScoredBatch) -> dict[str, float]:
+    def _care_for_codebooks(self, step: int, seen: RoundResult) -> dict[str, float]:
         """Measure the codebooks' use and distortion; restart dead codewords."""
         run, head = self.run, self.run.model.head
-        error = (seen.originals - seen.reconstruction).detach().square().sum(1).mean().item()
+        error = (seen.originals - seen.reconstruction).square().sum(1).mean().item()
         row = {"head/distortion": error, **{f"head/{k}": v for k, v in head.usage_statistics().items()}}
         generator = torch.Generator().manual_seed(self._seed(step, rank=0))
-        forget(run.optimizer, head.restart_dead_codes(all_gather(seen.originals.detach()), generator))
+        forget(run.optimizer, head.restart_dead_codes(all_gather(seen.originals), generator))
         return row
 
     def _start_or_refresh(self, step: int) -> None:
@@ -201,12 +154,6 @@ class Trainer:
             run.warm_start()
         elif step > run.head_start and every and (step - run.head_start) % every == 0:
             run.candidates.refresh(run.model, run.corpus_vectors())
-
-    def _evaluate_if_due(self, log: RunLog) -> None:
-        progress = self.run.progress
-        if progress.step > progress.evaluated and self._due(self.experiment.evaluation.every):
-            progress.evaluated = progress.step
-            log.log(progress.step, self._evaluate())
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluate the current model, and save it if it is the best so far."""

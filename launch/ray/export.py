@@ -21,8 +21,8 @@ from index import IndexConfig, Shard, export_shard, merge_indexes
 from launch.arguments import parse, verb_parser
 from launch.export import describe_report, shard_folders
 from retriever import InputError, Precision, read_corpus
-from retriever.beir import count_documents
 from retriever.folder import MANIFEST, refuse_existing
+from retriever.sources import count_documents
 
 __all__ = ["encode_shard", "run"]
 

@@ -17,13 +17,17 @@ from retriever.heads.base import (
     unpack_codes,
 )
 from retriever.heads.ivfpq import IVFProductQuantizer, IVFProductQuantizerConfig
+from retriever.heads.ivfrq import IVFResidualQuantizer, IVFResidualQuantizerConfig
 from retriever.heads.none import NoCompression, NoCompressionConfig
 from retriever.heads.pq import ProductQuantizer, ProductQuantizerConfig
+from retriever.heads.rq import ResidualQuantizer, ResidualQuantizerConfig
 
 HEADS: dict[str, type[HeadConfig]] = {
     "none": NoCompressionConfig,
     "pq": ProductQuantizerConfig,
     "ivfpq": IVFProductQuantizerConfig,
+    "rq": ResidualQuantizerConfig,
+    "ivfrq": IVFResidualQuantizerConfig,
 }
 
 __all__ = [
@@ -38,6 +42,8 @@ __all__ = [
     "HeadOutput",
     "IVFProductQuantizer",
     "IVFProductQuantizerConfig",
+    "IVFResidualQuantizer",
+    "IVFResidualQuantizerConfig",
     "NeuralCodec",
     "NoCompression",
     "NoCompressionConfig",
@@ -45,6 +51,8 @@ __all__ = [
     "ProductQuantizer",
     "ProductQuantizerConfig",
     "QuantizerFit",
+    "ResidualQuantizer",
+    "ResidualQuantizerConfig",
     "pack_codes",
     "pack_list_numbers",
     "unpack_codes",

@@ -203,6 +203,25 @@ class QuantizerFit(Protocol):
         """
         ...
 
+    def additive_codebooks(
+        self, sample: Float[Tensor, "n D"], *, num_codebooks: int, codebook_bits: int, beam: int, seed: int
+    ) -> Float[Tensor, "M K D"]:
+        """Return the codebooks of a residual quantizer, fitted with a beam of so many sums."""
+        ...
+
+    def coarse_additive_codebooks(
+        self,
+        sample: Float[Tensor, "n D"],
+        *,
+        num_lists: int,
+        num_codebooks: int,
+        codebook_bits: int,
+        beam: int,
+        seed: int,
+    ) -> tuple[Float[Tensor, "J D"], Float[Tensor, "M K D"]]:
+        """Return coarse centroids, and the codebooks of a residual quantizer of the residuals to the nearest ones."""
+        ...
+
 
 class CompressionHead(nn.Module, ABC):
     """Learned compression of document vectors.

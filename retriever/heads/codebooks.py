@@ -104,8 +104,24 @@ class Codebooks(nn.Module):
             codes = balanced_codes(-scores, epsilon=balance.epsilon, iterations=balance.iterations)
         else:
             codes = self._choose(z, start_z, frozen=self.assignment != "live")
-        divided = scores / self._temperature if self._needs_scores and scores is not None else None
-        return self._estimator(z, self.codewords, divided, codes), codes
+        return self.estimate(z, codes, scores), codes
+
+    def estimate(
+        self,
+        z: Float[Tensor, "N M S"],
+        codes: Int[Tensor, "N M"],
+        scores: Float[Tensor, "N M K"] | None = None,
+    ) -> Estimate:
+        """Return the codewords of given codes with the estimator's gradient path.
+
+        Args:
+            z: Sub-vectors.
+            codes: Chosen codewords.
+            scores: Selection scores of `z`, if they are known.
+        """
+        if self._needs_scores:
+            scores = (self.selection(z, self.codewords) if scores is None else scores) / self._temperature
+        return self._estimator(z, self.codewords, scores, codes)
 
     @torch.no_grad()
     def encode(

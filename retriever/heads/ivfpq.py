@@ -10,9 +10,8 @@ A document's codes are its list number and M codewords.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, get_args
+from typing import TYPE_CHECKING, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,15 +22,14 @@ from retriever.heads.base import (
     HeadOutput,
     QuantizerFit,
     list_number_size,
-    pack_codes,
-    pack_list_numbers,
-    unpack_codes,
 )
 from retriever.heads.codebooks import AssignmentName, Codebooks
+from retriever.heads.lists import check_list_sample, check_lists, pack_listed, unpack_listed
 from retriever.heads.pq import ProductQuantizerConfig, auxiliary_losses
 from retriever.transforms import ROTATIONS
 
 if TYPE_CHECKING:
+    import numpy as np
     from jaxtyping import Bool, Float, Int, UInt8
     from numpy.typing import NDArray
 
@@ -57,13 +55,7 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_lists < 1:
-            raise InputError(f"num_lists must be at least 1, got {self.num_lists}.")
-        if self.list_assignment not in get_args(AssignmentName):
-            raise InputError(
-                f"list_assignment must be one of {', '.join(get_args(AssignmentName))}, got "
-                f"{self.list_assignment!r}."
-            )
+        check_lists(self.num_lists, self.list_assignment)
         if self.list_assignment != "live" and ROTATIONS[self.rotation].learned:
             raise InputError(
                 f"list_assignment {self.list_assignment!r} keeps lists only behind a fixed rotation, got "
@@ -78,11 +70,7 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
     def check_sample(self, documents: int) -> None:
         """Raise InputError if the warm start would have fewer documents than lists or codewords."""
         super().check_sample(documents)
-        if documents < self.num_lists:
-            raise InputError(
-                f"the warm start needs at least {self.num_lists} documents for num_lists={self.num_lists}, got "
-                f"{documents}. Raise warm_start_documents or lower num_lists."
-            )
+        check_list_sample(documents, self.num_lists)
 
     def build(self, dim: int) -> IVFProductQuantizer:  # type: ignore[override]
         """Return the head for vectors of `dim` dimensions."""
@@ -186,16 +174,11 @@ class IVFProductQuantizer(CompressionHead):
 
     def pack(self, codes: Int[Tensor, "N 1+M"]) -> NDArray[np.uint8]:
         """Pack as `IndexIVF.add_sa_codes` takes rows: list number (little-endian), then the code."""
-        lists = pack_list_numbers(codes[:, 0].cpu().numpy(), self._config.num_lists)
-        return np.hstack([lists, pack_codes(codes[:, 1:], self.code_bits)])
+        return pack_listed(codes, self._config.num_lists, self.code_bits)
 
     def unpack(self, packed: UInt8[NDArray[np.uint8], "N size"]) -> Int[Tensor, "N 1+M"]:
         """Invert `pack`."""
-        lists = np.zeros((len(packed), 8), dtype=np.uint8)
-        lists[:, : self.list_bytes] = packed[:, : self.list_bytes]
-        numbers = torch.from_numpy(lists.view("<i8").copy())
-        codes = unpack_codes(packed[:, self.list_bytes :], self._config.num_codebooks, self.code_bits)
-        return torch.cat([numbers, codes], 1)
+        return unpack_listed(packed, self._config.num_lists, self._config.num_codebooks, self.code_bits)
 
     def export(self) -> CoarseProductCodebooks:
         """Return centroids, codebooks and rotation on the CPU."""

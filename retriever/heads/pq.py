@@ -6,7 +6,7 @@ Shapes: N vectors, D dimensions, M codebooks, K = 2**bits codewords, S = D // M 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from retriever.distributed import world_size
 from retriever.errors import InputError
 from retriever.heads.base import CompressionHead, HeadConfig, HeadOutput, ProductCodebooks, QuantizerFit
+from retriever.heads.checks import check_choices, check_not_negative, check_sample_size, check_size
 from retriever.heads.codebooks import AssignmentName, Balance, Codebooks
 from retriever.heads.estimators import EstimatorName
 from retriever.heads.selection import SelectionName
@@ -88,21 +89,12 @@ class ProductQuantizerConfig(HeadConfig):
     restart_window: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.num_codebooks < 1:
-            raise InputError(f"num_codebooks must be at least 1, got {self.num_codebooks}.")
-        if not 1 <= self.codebook_bits <= 16:
-            raise InputError(f"codebook_bits must be between 1 and 16, got {self.codebook_bits}.")
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                raise InputError(
-                    f"{name} must be one of {', '.join(get_args(choices))}, got {getattr(self, name)!r}."
-                )
+        check_size(self.num_codebooks, self.codebook_bits)
+        check_choices(self, CHOICES)
         for name in ("selection_temperature", "sinkhorn_epsilon", "sinkhorn_iterations"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in ("distortion_weight", "commitment_weight", "restart_window", "rotation_lr"):
-            if not 0 <= getattr(self, name) <= float("inf"):
-                raise InputError(f"{name} must be zero or more, got {getattr(self, name)}.")
+        check_not_negative(self, ("distortion_weight", "commitment_weight", "restart_window", "rotation_lr"))
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -144,11 +136,7 @@ class ProductQuantizerConfig(HeadConfig):
 
     def check_sample(self, documents: int) -> None:
         """Raise InputError if the warm start would have fewer documents than a codebook has codewords."""
-        if documents < 2**self.codebook_bits:
-            raise InputError(
-                f"the warm start needs at least {2**self.codebook_bits} documents for {self.codebook_bits}-bit "
-                f"codebooks, got {documents}. Raise warm_start_documents or lower codebook_bits."
-            )
+        check_sample_size(documents, self.codebook_bits)
 
     def build(self, dim: int) -> ProductQuantizer:
         """Return the head for vectors of `dim` dimensions."""

@@ -26,7 +26,14 @@ from transformers import AutoModel
 from retriever import DualEncoder, DualEncoderConfig, Embeddings, TokenBatch
 from retriever.data import document_key
 from retriever.distributed import all_gather, gather_detached, gather_padded
-from retriever.heads import CompressionHead, HeadConfig, IVFProductQuantizerConfig, ProductQuantizerConfig
+from retriever.heads import (
+    CompressionHead,
+    HeadConfig,
+    IVFProductQuantizerConfig,
+    IVFResidualQuantizerConfig,
+    ProductQuantizerConfig,
+    ResidualQuantizerConfig,
+)
 from training import Experiment, Trainer, dump_experiment
 from training.experiment import DataConfig, EvaluationConfig, OptimizationConfig, TrackingConfig
 from training.losses import (
@@ -57,6 +64,8 @@ HEADS: dict[str, HeadConfig] = {
     "ivfpq-identity": IVFProductQuantizerConfig(num_lists=3, estimator="identity", **SMALL, **AUXILIARY),
     "ivfpq-codeword": IVFProductQuantizerConfig(num_lists=3, estimator="codeword", **SMALL, **AUXILIARY),
     "ivfpq-softmax": IVFProductQuantizerConfig(num_lists=3, estimator="softmax", **SMALL),
+    "rq-codeword": ResidualQuantizerConfig(num_codebooks=3, codebook_bits=2, **AUXILIARY),
+    "ivfrq-codeword": IVFResidualQuantizerConfig(num_lists=3, num_codebooks=3, codebook_bits=2, **AUXILIARY),
 }
 RETRIEVAL: dict[str, LossConfig] = {
     "contrastive": ContrastiveConfig(temperature=0.5),

@@ -30,7 +30,12 @@ from retriever import (
     read_corpus,
     read_data,
 )
-from retriever.heads import IVFProductQuantizerConfig, ProductQuantizerConfig
+from retriever.heads import (
+    IVFProductQuantizerConfig,
+    IVFResidualQuantizerConfig,
+    ProductQuantizerConfig,
+    ResidualQuantizerConfig,
+)
 from training import Experiment, Trainer, TrainingReport
 from training.experiment import (
     CheckpointConfig,
@@ -126,7 +131,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ScoredBatch]]:
         seen.append((batch, scored))
         return scored
 
-    monkeypatch.setattr("training.trainer.score_batch", record)
+    monkeypatch.setattr("training.rounds.score_batch", record)
     return seen
 
 
@@ -157,6 +162,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "head": replace(PQ, balance="sinkhorn", sinkhorn_epsilon=0.01),
         "live_negatives": LiveNegativesConfig(per_query=1, depth=20, refresh=3),
     },
+    "rq": {"head": ResidualQuantizerConfig(**SIZE, distortion_weight=1.0, distortion_steps="all")},
+    "ivfrq": {"head": IVFResidualQuantizerConfig(**SIZE, num_lists=5, estimator="softmax")},
 }
 
 

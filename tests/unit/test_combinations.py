@@ -70,7 +70,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "no probabilities": (
         {"loss": MCLConfig(assignment_weight=1.0)},
-        r"needs a head with selection probabilities\. Use the head pq with estimator softmax",
+        r"needs a head with selection probabilities\. Use the head pq or rq with estimator softmax",
     ),
 }
 

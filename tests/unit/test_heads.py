@@ -22,9 +22,11 @@ from retriever.heads import (
     CompressionHead,
     HeadConfig,
     IVFProductQuantizerConfig,
+    IVFResidualQuantizerConfig,
     NoCompressionConfig,
     ProductQuantizer,
     ProductQuantizerConfig,
+    ResidualQuantizerConfig,
 )
 from retriever.scores import score_matrix
 
@@ -68,6 +70,24 @@ CONFIGS: dict[str, list[HeadConfig]] = {
             codebook_bits=4,
             assignment="frozen_in_training",
             list_assignment="frozen",
+        ),
+    ],
+    "rq": [
+        ResidualQuantizerConfig(num_codebooks=5, codebook_bits=4, beam=3),
+        ResidualQuantizerConfig(
+            num_codebooks=1, codebook_bits=8, estimator="identity", distortion_weight=1.0
+        ),
+        ResidualQuantizerConfig(
+            num_codebooks=3, codebook_bits=5, beam=1, estimator="softmax", metric="inner_product"
+        ),
+    ],
+    "ivfrq": [
+        IVFResidualQuantizerConfig(num_lists=5, num_codebooks=5, codebook_bits=4),
+        IVFResidualQuantizerConfig(
+            num_lists=257, num_codebooks=3, codebook_bits=5, estimator="softmax", metric="inner_product"
+        ),
+        IVFResidualQuantizerConfig(
+            num_lists=1, num_codebooks=2, codebook_bits=3, estimator="identity", list_assignment="frozen"
         ),
     ],
 }
@@ -132,6 +152,19 @@ class RandomFit:
         rest = z - centroids[torch.cdist(z, centroids).argmin(1)] if on_residuals else z
         codebooks = rest[: 2**codebook_bits].view(2**codebook_bits, num_codebooks, -1).transpose(0, 1)
         return rotation, centroids, codebooks
+
+    def additive_codebooks(
+        self, sample: Tensor, *, num_codebooks: int, codebook_bits: int, beam: int, seed: int
+    ) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(len(sample), (num_codebooks, 2**codebook_bits), generator=generator)
+        return sample[rows] * 0.7 ** torch.arange(num_codebooks)[:, None, None]
+
+    def coarse_additive_codebooks(
+        self, sample: Tensor, *, num_lists: int, num_codebooks: int, codebook_bits: int, beam: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
+        options = {"num_codebooks": num_codebooks, "codebook_bits": codebook_bits, "beam": beam, "seed": seed}
+        return sample[-num_lists:], 0.7 * self.additive_codebooks(sample, **options)
 
 
 def make_head(config: HeadConfig, seed: int) -> CompressionHead:
@@ -284,7 +317,7 @@ def test_head_of_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) 
     path = tmp_path / "head" / "config.json"
     path.write_text(path.read_text().replace('"none"', '"hologram"'))
     with pytest.raises(
-        InputError, match=r"holds a head 'hologram'; this Endex knows none, pq, ivfpq\. Upgrade"
+        InputError, match=r"holds a head 'hologram'; this Endex knows none, pq, ivfpq, rq, ivfrq\. Upgrade"
     ):
         load_head(tmp_path / "head")
 

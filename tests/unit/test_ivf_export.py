@@ -287,7 +287,8 @@ def test_lists_of_ones_own_cannot_be_set() -> None:
 def test_probing_without_lists_is_refused_with_the_head_that_has_some() -> None:
     export = ProductQuantizerConfig(num_codebooks=M).build(D).export()
     with pytest.raises(
-        InputError, match=r"needs a head with inverted lists, got 3.*or train with the head `ivfpq`"
+        InputError,
+        match=r"needs a head with inverted lists, got 3.*or train with the head `ivfpq` or `ivfrq`",
     ):
         IndexConfig(nprobe=3).builder(export)
 

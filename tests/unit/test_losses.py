@@ -14,7 +14,14 @@ from retriever import DualEncoderConfig, InputError
 from retriever.heads import HeadConfig, NoCompressionConfig, ProductQuantizerConfig
 from training import Experiment
 from training.experiment import DataConfig
-from training.losses import LOSSES, ContrastiveConfig, MCLConfig, RetrievalLoss, ScoredBatch
+from training.losses import (
+    LOSSES,
+    ContrastiveConfig,
+    MCLConfig,
+    ReconstructionConfig,
+    RetrievalLoss,
+    ScoredBatch,
+)
 
 B, H, D = 5, 1, 6  # queries, negatives a query, dimensions
 N = B * (1 + H)
@@ -22,6 +29,7 @@ SCORES = ("dense", "compressed", "coarse", "teacher")
 MASKS = {
     name: "repeated" if name == "distillation" else "ignore" for name in LOSSES
 }  # a teacher ranks positives
+SCORING = [name for name in LOSSES if name != "reconstruction"]  # those that look at scores
 
 
 @pytest.fixture
@@ -132,7 +140,7 @@ def test_ignored_documents_do_not_change_the_loss(name: str, batch: ScoredBatch)
     assert total(loss, replace(batch, **changed)) == total(loss, batch)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SCORING)
 def test_documents_that_are_not_ignored_change_the_loss(name: str, batch: ScoredBatch) -> None:
     batch, nothing = with_small_scores(batch), torch.zeros_like(batch.ignore)
     values = [total(LOSSES[name]().build(), b) for b in (batch, replace(batch, **{MASKS[name]: nothing}))]
@@ -232,7 +240,9 @@ def test_mcl_refuses_a_weight_that_is_negative_or_not_finite(field: str, weight:
     ids=["none", "codeword", "identity"],
 )
 def test_experiment_refuses_assignment_weight_without_selection_probabilities(head: HeadConfig) -> None:
-    with pytest.raises(InputError, match=r"assignment_weight=0\.5 .* Use the head pq with estimator softmax"):
+    with pytest.raises(
+        InputError, match=r"assignment_weight=0\.5 .* Use the head pq or rq with estimator softmax"
+    ):
         experiment(MCLConfig(assignment_weight=0.5), head)
 
 
@@ -247,7 +257,7 @@ def test_every_loss_is_finite_on_large_scores(name: str, batch: ScoredBatch) -> 
     assert np.isfinite(total(LOSSES[name]().build(), large))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", SCORING)
 def test_every_loss_sends_a_gradient_to_the_scores_of_every_query(name: str, batch: ScoredBatch) -> None:
     batch = copy_with_gradient(with_small_scores(batch))
     sum(LOSSES[name]().build()(batch).values()).backward()
@@ -295,3 +305,18 @@ def test_only_distillation_holds_a_number_to_be_checkpointed() -> None:
     """The weight of its lists, from the first batch."""
     states = {name: list(config().build().state_dict()) for name, config in LOSSES.items()}
     assert {name: state for name, state in states.items() if state} == {"distillation": ["list_weight"]}
+
+
+def test_reconstruction_is_the_mean_squared_error_of_a_vector(batch: ScoredBatch) -> None:
+    errors = [
+        sum((x - y) ** 2 for x, y in zip(*pair, strict=True))
+        for pair in zip(batch.documents.tolist(), batch.reconstruction.tolist(), strict=True)
+    ]
+    loss = ReconstructionConfig(weight=0.5).build()
+    assert total(loss, batch) == pytest.approx(0.5 * np.mean(errors), rel=1e-12)
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("inf"), float("nan")])
+def test_a_weight_of_the_reconstruction_that_is_no_weight_is_refused(weight: float) -> None:
+    with pytest.raises(InputError, match="weight must be zero or more, got"):
+        ReconstructionConfig(weight=weight)

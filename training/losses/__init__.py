@@ -6,6 +6,7 @@ from training.losses.distillation import Distillation, DistillationConfig
 from training.losses.hinge import Hinge, HingeConfig
 from training.losses.lambda_rank import LambdaRank, LambdaRankConfig
 from training.losses.mcl import MCL, MCLConfig
+from training.losses.reconstruction import Reconstruction, ReconstructionConfig
 
 LOSSES: dict[str, type[LossConfig]] = {
     "contrastive": ContrastiveConfig,
@@ -13,6 +14,7 @@ LOSSES: dict[str, type[LossConfig]] = {
     "hinge": HingeConfig,
     "distillation": DistillationConfig,
     "lambda_rank": LambdaRankConfig,
+    "reconstruction": ReconstructionConfig,
 }
 
 __all__ = [
@@ -28,6 +30,8 @@ __all__ = [
     "LambdaRankConfig",
     "LossConfig",
     "MCLConfig",
+    "Reconstruction",
+    "ReconstructionConfig",
     "RetrievalLoss",
     "ScoredBatch",
 ]

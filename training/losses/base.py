@@ -61,9 +61,21 @@ class ScoredBatch:
 class RetrievalLoss(nn.Module, ABC):
     """A loss on scores. It never owns the model, and holds no trainable state; its buffers are checkpointed."""
 
+    def by_queries(self, *, lists: bool) -> bool:
+        """Whether the loss of a batch is the mean of the losses of blocks of its queries, weighted by their number.
+
+        Args:
+            lists: The batch has `coarse` scores.
+        """
+        return True
+
     @abstractmethod
     def forward(self, batch: ScoredBatch) -> dict[str, Tensor]:
-        """Return the weighted parts by name; their sum is the loss. Each is a mean over this device's queries."""
+        """Return the weighted parts by name; their sum is the loss.
+
+        Each is a mean over the queries that are scored, or looks at all of this device's documents and not at the
+        queries, so that `by_queries` holds.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -97,6 +97,10 @@ class Distillation(RetrievalLoss):
         given = float("nan") if config.list_weight is None else config.list_weight
         self.register_buffer("list_weight", torch.tensor(given))
 
+    def by_queries(self, *, lists: bool) -> bool:
+        """Return whether a block will do: not for the batch that fixes the weight of the lists."""
+        return not (lists and bool(self.list_weight.isnan()))
+
     def forward(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """Return the parts compressed, lists, dense and labels, as far as their weight is not 0."""
         config = self.config

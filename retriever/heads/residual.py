@@ -1,0 +1,79 @@
+"""Residual quantization: codewords that add up to a vector, chosen one step after the other.
+
+Shapes: N vectors, D dimensions, M codebooks (steps), K codewords, B sums that a beam keeps.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["beam_search", "residuals"]
+
+TABLE = 1 << 20  # entries of the (rows, B, K) table of distances; 4 MB stay in the caches of a CPU
+
+
+@torch.no_grad()
+def beam_search(x: Float[Tensor, "N D"], codebooks: Float[Tensor, "M K D"], beam: int) -> Int[Tensor, "N M"]:
+    """Return codes whose codewords add up to nearly `x`.
+
+    Every step extends each of the B best sums by all K codewords and keeps the B nearest to `x`; the last keeps one
+    (Babenko and Lempitsky, CVPR 2014; as `faiss.ResidualQuantizer`). B = 1 is the greedy choice.
+
+    Args:
+        x: Vectors.
+        codebooks: Codewords in the order of the steps.
+        beam: B; a step cannot keep more sums than there are.
+    """
+    rows = max(1, TABLE // (beam * codebooks.shape[1]))
+    return torch.cat([_search_rows(part, codebooks, beam) for part in x.split(rows)])
+
+
+def _search_rows(x: Float[Tensor, "N D"], codebooks: Float[Tensor, "M K D"], beam: int) -> Int[Tensor, "N M"]:
+    steps, size, _ = codebooks.shape
+    residual = x[:, None]  # (N, B, D), from one empty sum
+    codes = torch.empty(len(x), 1, 0, dtype=torch.int64, device=x.device)
+    for step, words in enumerate(codebooks):
+        distances = _squared_distances(residual, words).flatten(1)  # (N, B K)
+        kept = 1 if step == steps - 1 else min(beam, distances.shape[1])
+        best = distances.topk(kept, largest=False).indices
+        parents, chosen = best // size, best % size
+        codes = torch.cat([_rows(codes, parents), chosen[:, :, None]], 2)
+        residual = _rows(residual, parents) - words[chosen]
+    return codes[:, 0]
+
+
+def _rows(table: Tensor, rows: Int[Tensor, "N B"]) -> Tensor:
+    """Return the chosen rows of every table of (N, rows, columns)."""
+    return table.gather(1, rows[:, :, None].expand(-1, -1, table.shape[2]))
+
+
+def _squared_distances(
+    residual: Float[Tensor, "N B D"], words: Float[Tensor, "K D"]
+) -> Float[Tensor, "N B K"]:
+    """Return ||r||^2 - 2 r . c + ||c||^2, after both moved by the codewords' mean: what they share would cancel."""
+    middle = words.mean(0)
+    r, c = residual - middle, words - middle
+    squares = r.square().sum(-1, keepdim=True) + c.square().sum(-1)  # (N, B, K)
+    return squares.sub_(r @ c.T, alpha=2)
+
+
+def residuals(
+    x: Float[Tensor, "N D"], codewords: Float[Tensor, "N M D"], *, gradient_once: bool
+) -> Float[Tensor, "N M D"]:
+    """Return what each step is given: the vector less the codewords of the steps before it.
+
+    Args:
+        x: Vectors.
+        codewords: Chosen codewords, as constants.
+        gradient_once: Let only the first step pass a gradient on to `x`, so that the sum of the steps passes it once.
+    """
+    before = torch.cat([torch.zeros_like(x)[:, None], codewords.cumsum(1)[:, :-1]], 1)
+    if gradient_once:
+        return torch.cat([x[:, None], x.detach()[:, None] - before[:, 1:]], 1)
+    return x[:, None] - before

@@ -1,0 +1,317 @@
+"""A batch in chunks has the gradient of the whole batch, on one process and on several.
+
+This file is also the program of the worker processes: see `worker`.
+
+Shapes: B queries, H negatives a query, L tokens, I inputs, D dimensions.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import training.chunked
+from retriever import DualEncoder, InputError, TokenBatch
+from retriever.data import document_key
+from retriever.heads import (
+    HeadConfig,
+    IVFProductQuantizerConfig,
+    IVFResidualQuantizerConfig,
+    NoCompressionConfig,
+    ProductQuantizerConfig,
+)
+from training.chunked import ChunkedRound, RandomState
+from training.experiment import OptimizationConfig
+from training.losses import (
+    LOSSES,
+    ContrastiveConfig,
+    DistillationConfig,
+    HingeConfig,
+    LambdaRankConfig,
+    LossConfig,
+    MCLConfig,
+    ReconstructionConfig,
+)
+from training.rounds import RoundResult, WholeRound
+from training.scoring import score_batch
+
+ROOT = Path(__file__).parents[2]
+B, H, L, D = 24, 1, 5, 8
+VOCABULARY = 2000
+SMALL: dict[str, Any] = {"num_codebooks": 4, "codebook_bits": 2, "rotation": "none"}
+OWN: dict[str, Any] = {"distortion_weight": 0.2, "commitment_weight": 0.1}
+HEADS: dict[str, HeadConfig] = {
+    "none": NoCompressionConfig(),
+    "pq-codeword": ProductQuantizerConfig(estimator="codeword", distortion_reduction="sum", **SMALL, **OWN),
+    "pq-softmax": ProductQuantizerConfig(estimator="softmax", **SMALL),
+    "pq-sinkhorn": ProductQuantizerConfig(balance="sinkhorn", sinkhorn_epsilon=0.05, **SMALL, **OWN),
+    "ivfpq-identity": IVFProductQuantizerConfig(num_lists=3, estimator="identity", **SMALL, **OWN),
+    "ivfrq-codeword": IVFResidualQuantizerConfig(num_lists=3, num_codebooks=3, codebook_bits=2, **OWN),
+    "ivfpq-softmax": IVFProductQuantizerConfig(num_lists=3, estimator="softmax", **SMALL),
+}
+RETRIEVAL: dict[str, LossConfig] = {
+    "contrastive": ContrastiveConfig(temperature=0.5),
+    "mcl": MCLConfig(temperature=0.5, reconstruction_weight=0.3),
+    "mcl-assignment": MCLConfig(temperature=0.5, assignment_weight=0.5, reconstruction_weight=0.3),
+    "hinge": HingeConfig(margin=3.0),
+    "lambda_rank": LambdaRankConfig(temperature=0.5, depth=9),
+    "distillation": DistillationConfig(temperature=0.5, dense_weight=0.5, label_weight=0.7),
+    "reconstruction": ReconstructionConfig(),
+    "distillation-ranknet": DistillationConfig(temperature=0.5, objective="ranknet", list_weight=0.3),
+}
+PAIRS = [
+    (loss, head)
+    for loss, head in itertools.product(RETRIEVAL, HEADS)
+    if (head.endswith("softmax") or loss in ("mcl", "contrastive"))
+    and not (loss == "mcl-assignment" and head != "pq-softmax")
+]
+FEW = [  # every loss and every head once
+    *((loss, "pq-softmax") for loss in RETRIEVAL if loss != "distillation"),
+    ("distillation", "ivfpq-softmax"),
+    *(("mcl", head) for head in HEADS if head != "pq-softmax"),
+]
+BLOCK = 250  # scores at a time: those of five queries, so that five blocks make a batch
+TOLERANCE = 1e-6  # of the largest value of a parameter's gradient
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process, or several, compute together."""
+
+    loss: str
+    head: str
+    chunk: int  # queries, 0 for a whole round
+    mode: str = "rows"
+    accumulation: int = 1
+    dropout: float = 0.0
+    checkpointed: bool = False
+    freeze: str = "none"
+    precision: str = "no"
+    loss_scale: float = 0.0  # of a gradient scaler, as fp16 has it
+
+    def __str__(self) -> str:
+        return "-".join(str(value) for value in vars(self).values())
+
+
+class Tower(nn.Module):
+    """A bag of token vectors with dropout: small, and as random as a transformer."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.tokens, self.linear = nn.Embedding(VOCABULARY, D), nn.Linear(D, D)
+        self.dropout, self.checkpointed = nn.Dropout(case.dropout), case.checkpointed
+
+    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+        mask = tokens["attention_mask"].unsqueeze(-1)
+        mean = (self.tokens(tokens["input_ids"]) * mask).sum(1) / mask.sum(1)
+        if self.checkpointed:
+            return checkpoint(self.rest, mean, use_reentrant=False)  # type: ignore[no-any-return]
+        return self.rest(mean)
+
+    def rest(self, mean: Tensor) -> Tensor:
+        return nn.functional.normalize(self.linear(self.dropout(mean)).float(), dim=-1)
+
+
+def make_tokens(seed: int, part: slice) -> TokenBatch:
+    """Return some queries of the whole batch, and their documents; some repeat or are relevant to several queries."""
+    generator = torch.Generator().manual_seed(seed)
+    documents = torch.randint(40, (B, 1 + H), generator=generator)
+    documents[-1] = documents[0]
+    keys = torch.tensor([document_key(f"d{i}") for i in range(40)])
+    texts = torch.randint(1, VOCABULARY, (40 + B, L), generator=generator)
+    lengths = torch.randint(2, L + 1, (40 + B, 1), generator=generator)
+    relevant = torch.cat([keys[documents[:, :1]], keys[torch.randint(40, (B, 2), generator=generator)]], 1)
+    rows = documents[part].flatten()
+
+    def tokens(which: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": texts[which], "attention_mask": (torch.arange(L) < lengths[which]).long()}
+
+    return TokenBatch(
+        queries=tokens(40 + torch.arange(B)[part]),
+        documents=tokens(rows),
+        document_keys=keys[rows],
+        relevant_keys=relevant[part],
+        positives=torch.arange(part.stop - part.start) * (1 + H),
+    )
+
+
+class Teacher:
+    """The candidates of a run whose only addition is a frozen teacher."""
+
+    def __init__(self, model: DualEncoder | None) -> None:
+        self.model = model
+
+    def extend(self, tokens: TokenBatch, _: DualEncoder, *, compressed: bool) -> TokenBatch:
+        return tokens
+
+    def known_vectors(self, _: TokenBatch) -> None:
+        return None
+
+    @torch.no_grad()
+    def teach(self, tokens: TokenBatch, _: None) -> tuple[Tensor, Tensor] | None:
+        if self.model is None:
+            return None
+        return self.model.encode_queries(tokens.queries), self.model.encode_documents(tokens.documents)
+
+
+def make_run(case: Case, seed: int) -> Any:
+    """Return what a round needs of a `TrainingRun`; the same weights for all cases of a head."""
+    torch.manual_seed(seed)
+    head = HEADS[case.head].build(D)
+    student, teacher = (DualEncoder(Tower(case), Tower(case), head) for _ in range(2))  # type: ignore[arg-type]
+    for tower in ("query_encoder", "document_encoder"):
+        if case.freeze in (tower, "both"):
+            getattr(student, tower).requires_grad_(False)
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=True,
+        mixed_precision=case.precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if case.loss_scale:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=case.loss_scale)
+    optimization = OptimizationConfig(
+        batch_size=B,
+        accumulation=case.accumulation,
+        chunk_size=case.chunk,
+        cross_device=case.mode,  # type: ignore[arg-type]
+    )
+    return SimpleNamespace(
+        accelerator=accelerator,
+        model=student,
+        wrapped=accelerator.prepare(student),
+        candidates=Teacher(teacher.eval() if RETRIEVAL[case.loss].needs_teacher else None),
+        loss=RETRIEVAL[case.loss].build(),
+        processes=accelerator.num_processes,
+        experiment=SimpleNamespace(optimization=optimization),
+    )
+
+
+def step(case: Case, seed: int) -> tuple[Any, dict[str, Tensor]]:
+    """Return a run after the rounds of a step, and the step's loss and gradients by name, averaged as DDP does."""
+    run = make_run(case, seed)
+    size = B // (case.accumulation * run.processes)
+    one_round = (ChunkedRound if case.chunk else WholeRound)(run)
+    values: dict[str, Tensor] = {}
+    for number in range(case.accumulation):
+        start = (number * run.processes + run.accelerator.process_index) * size
+        ends = [*range(start, start + size, case.chunk or size), start + size]
+        chunks = [make_tokens(seed, slice(a, b)) for a, b in itertools.pairwise(ends)]
+        result: RoundResult = one_round(chunks, compress=True, last=number == case.accumulation - 1)
+        loss = torch.stack(list(result.parts.values())).sum() / case.accumulation
+        values["loss"] = values.get("loss", torch.tensor(0.0)) + run.accelerator.reduce(loss, "mean")
+    named = run.model.named_parameters()
+    return run, {**values, **{name: p.grad for name, p in named if p.grad is not None}}
+
+
+def whole(case: Case, seed: int) -> dict[str, Tensor]:
+    """Return loss and gradients of one process without chunks."""
+    same = {name: getattr(case, name) for name in ("loss", "head", "accumulation", "freeze")}
+    return step(Case(chunk=0, **same), seed)[1]
+
+
+def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    """Return the largest deviation relative to the largest value of its tensor, and where it is."""
+    assert found.keys() == expected.keys()
+    scales = {name: max(value.abs().max().item(), 1e-6) for name, value in expected.items()}
+    return max(((found[n] - expected[n]).abs().max().item() / scales[n], n) for n in expected)
+
+
+# --- one process ---
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(training.chunked, "SCORES_AT_ONCE", BLOCK)
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    drawn = int(np.random.default_rng().integers(2**31))
+    print("seed", drawn)
+    return drawn
+
+
+def test_every_registered_loss_is_tested_here() -> None:
+    assert {config.name for config in RETRIEVAL.values()} == set(LOSSES)
+
+
+every_pair = pytest.mark.parametrize(("loss", "head"), PAIRS, ids=[f"{loss}-{head}" for loss, head in PAIRS])
+
+
+@every_pair
+def test_chunks_have_the_loss_and_the_gradients_of_the_whole_batch(seed: int, loss: str, head: str) -> None:
+    case = Case(loss, head, chunk=7)  # the last chunk has 3 queries
+    assert worst(step(case, seed)[1], whole(case, seed))[0] < TOLERANCE
+
+
+@pytest.mark.parametrize("freeze", ["query_encoder", "document_encoder", "both"])
+def test_chunks_have_the_gradients_of_the_whole_batch_with_frozen_towers(seed: int, freeze: str) -> None:
+    case = Case("mcl", "pq-codeword", chunk=7, freeze=freeze)
+    assert worst(step(case, seed)[1], whole(case, seed))[0] < TOLERANCE
+
+
+def test_accumulated_rounds_have_the_mean_gradient_of_the_rounds(seed: int) -> None:
+    """Negatives are shared within a round, so this is another gradient than that of one round of all queries."""
+    case = Case("mcl", "pq-codeword", chunk=5, accumulation=2)
+    assert worst(step(case, seed)[1], whole(case, seed))[0] < TOLERANCE
+    assert worst(step(case, seed)[1], whole(replace(case, accumulation=1), seed))[0] > 1e-2
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "checkpointed"])
+def test_the_second_pass_has_the_dropout_of_the_first(seed: int, checkpointed: bool) -> None:
+    case = Case("mcl", "pq-codeword", chunk=7, dropout=0.4, checkpointed=checkpointed)
+    found = step(case, seed)[1]
+    run = make_run(case, seed)  # draws from here on what the chunks drew
+    ends = [*range(0, B, 7), B]
+    parts = [run.model(make_tokens(seed, slice(a, b)), False) for a, b in itertools.pairwise(ends)]
+    queries, documents = (torch.cat([getattr(p, n) for p in parts]) for n in ("queries", "documents"))
+    tokens = make_tokens(seed, slice(0, B))
+    vectors = run.model(tokens, True, documents, queries)
+    scored = score_batch(vectors, tokens, metric=run.model.head.metric, mode="rows")
+    loss = sum(run.loss(scored).values()) + sum(vectors.compressed.losses.values())
+    loss.backward()
+    expected = {"loss": loss.detach(), **{n: p.grad for n, p in run.model.named_parameters()}}
+    assert worst(found, expected)[0] < TOLERANCE
+
+
+def test_random_numbers_go_on_after_a_replay_as_if_there_had_been_none() -> None:
+    state = RandomState(torch.device("cpu"))
+    first = torch.rand(3)
+    with state.replayed():
+        again = torch.rand(3)
+    next_ones = torch.rand(3)
+    torch.set_rng_state(state._cpu)
+    assert torch.equal(again, first)
+    assert torch.equal(torch.rand(6)[3:], next_ones)
+
+
+def test_a_gradient_scaler_scales_every_gradient_of_the_chunks_once(seed: int) -> None:
+    case = Case("mcl", "pq-codeword", chunk=7, loss_scale=1024.0)
+    found, expected = step(case, seed)[1], whole(case, seed)
+    scaled = {name: value * (1 if name == "loss" else 1024.0) for name, value in expected.items()}
+    assert worst(found, scaled)[0] < TOLERANCE
+
+
+def test_chunks_in_bf16_have_about_the_gradients_of_the_whole_batch_in_bf16(seed: int) -> None:
+    case = Case("mcl", "pq-softmax", chunk=7, precision="bf16")
+    assert worst(step(case, seed)[1], step(replace(case, chunk=0), seed)[1])[0] < 0.02
+
+
+def test_towers_that_do_not_repeat_themselves_are_refused(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(seed)  # is not replayed
+    monkeypatch.setattr(Tower, "rest", lambda _, mean: mean + torch.randn(mean.shape, generator=generator))
+    with pytest.raises(InputError, match=r"give the same vectors twice .* Set optimization.dropout false"):
+        step(Case("mcl", "none", chunk=7), seed)
