@@ -20,7 +20,7 @@ __all__ = [
     "TrackingConfig",
 ]
 
-Schedule = Literal["linear", "cosine", "constant"]
+Schedule = Literal["linear", "cosine", "quarter_cosine", "constant"]
 
 
 def _require(condition: bool, field_name: str, value: object, rule: str) -> None:
@@ -102,7 +102,8 @@ class OptimizationConfig:
         head_lr: Peak learning rate of the head.
         weight_decay: AdamW's weight decay on the towers' matrices.
         warmup: Share of the steps in which the learning rates rise linearly.
-        schedule: Fall of the learning rates after the warm-up: "linear" or "cosine" to 0, or "constant".
+        schedule: Fall of the learning rates after the warm-up: "linear", "cosine" or "quarter_cosine" (slow at first,
+            QINCo2) to 0, or "constant".
         max_grad_norm: Gradients are clipped to this norm, towers and head apart.
         precision: Arithmetic of the towers; heads and losses are always float32.
         dropout: Dropout of the towers as their models have it; off is faster, and steadier on few pairs.

@@ -43,7 +43,12 @@ def learning_rate_factor(step: int, steps: int, config: OptimizationConfig) -> f
     if step < rise:
         return (step + 1) / (rise + 1)
     share = (step - rise) / max(1.0, steps - rise)  # of the fall, 0 to 1
-    falls = {"constant": 1.0, "linear": 1 - share, "cosine": 0.5 * (1 + math.cos(math.pi * share))}
+    falls = {
+        "constant": 1.0,
+        "linear": 1 - share,
+        "cosine": 0.5 * (1 + math.cos(math.pi * share)),
+        "quarter_cosine": math.cos(math.pi / 2 * share),
+    }
     return falls[config.schedule]
 
 

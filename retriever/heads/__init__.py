@@ -20,6 +20,8 @@ from retriever.heads.ivfpq import IVFProductQuantizer, IVFProductQuantizerConfig
 from retriever.heads.ivfrq import IVFResidualQuantizer, IVFResidualQuantizerConfig
 from retriever.heads.none import NoCompression, NoCompressionConfig
 from retriever.heads.pq import ProductQuantizer, ProductQuantizerConfig
+from retriever.heads.qinco import QINCo, QINCoConfig
+from retriever.heads.qinco2 import QINCo2, QINCo2Config
 from retriever.heads.rq import ResidualQuantizer, ResidualQuantizerConfig
 
 HEADS: dict[str, type[HeadConfig]] = {
@@ -28,6 +30,8 @@ HEADS: dict[str, type[HeadConfig]] = {
     "ivfpq": IVFProductQuantizerConfig,
     "rq": ResidualQuantizerConfig,
     "ivfrq": IVFResidualQuantizerConfig,
+    "qinco": QINCoConfig,
+    "qinco2": QINCo2Config,
 }
 
 __all__ = [
@@ -50,6 +54,10 @@ __all__ = [
     "ProductCodebooks",
     "ProductQuantizer",
     "ProductQuantizerConfig",
+    "QINCo",
+    "QINCo2",
+    "QINCo2Config",
+    "QINCoConfig",
     "QuantizerFit",
     "ResidualQuantizer",
     "ResidualQuantizerConfig",

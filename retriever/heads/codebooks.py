@@ -161,6 +161,10 @@ class Codebooks(nn.Module):
         dead = (self.usage == 0).double().mean()
         return {"perplexity": entropy.exp().mean().item(), "dead_codes": dead.item()}
 
+    def window_is_full(self, window: float) -> bool:
+        """Return whether the window holds so many documents a codeword, on average."""
+        return int(self.usage[0].sum()) >= window * self.usage.shape[1]
+
     @torch.no_grad()
     def restart_dead_codes(
         self, z: Float[Tensor, "N M S"], window: float, generator: torch.Generator
@@ -176,7 +180,7 @@ class Codebooks(nn.Module):
         """
         if self.assignment != "live" or not self.selection.by_codewords:
             return {}
-        if int(self.usage[0].sum()) < window * self.usage.shape[1]:
+        if not self.window_is_full(window):
             return {}
         z = z.transpose(0, 1)  # (M, N, S)
         dead = self.usage == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["beam_search", "residuals"]
+__all__ = ["beam_search", "gather_rows", "residuals", "squared_distances"]
 
 TABLE = 1 << 20  # entries of the (rows, B, K) table of distances; 4 MB stay in the caches of a CPU
 
@@ -39,21 +39,21 @@ def _search_rows(x: Float[Tensor, "N D"], codebooks: Float[Tensor, "M K D"], bea
     residual = x[:, None]  # (N, B, D), from one empty sum
     codes = torch.empty(len(x), 1, 0, dtype=torch.int64, device=x.device)
     for step, words in enumerate(codebooks):
-        distances = _squared_distances(residual, words).flatten(1)  # (N, B K)
+        distances = squared_distances(residual, words).flatten(1)  # (N, B K)
         kept = 1 if step == steps - 1 else min(beam, distances.shape[1])
         best = distances.topk(kept, largest=False).indices
         parents, chosen = best // size, best % size
-        codes = torch.cat([_rows(codes, parents), chosen[:, :, None]], 2)
-        residual = _rows(residual, parents) - words[chosen]
+        codes = torch.cat([gather_rows(codes, parents), chosen[:, :, None]], 2)
+        residual = gather_rows(residual, parents) - words[chosen]
     return codes[:, 0]
 
 
-def _rows(table: Tensor, rows: Int[Tensor, "N B"]) -> Tensor:
+def gather_rows(table: Tensor, rows: Int[Tensor, "N B"]) -> Tensor:
     """Return the chosen rows of every table of (N, rows, columns)."""
     return table.gather(1, rows[:, :, None].expand(-1, -1, table.shape[2]))
 
 
-def _squared_distances(
+def squared_distances(
     residual: Float[Tensor, "N B D"], words: Float[Tensor, "K D"]
 ) -> Float[Tensor, "N B K"]:
     """Return ||r||^2 - 2 r . c + ||c||^2, after both moved by the codewords' mean: what they share would cancel."""

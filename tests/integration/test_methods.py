@@ -31,9 +31,12 @@ from retriever import (
     read_data,
 )
 from retriever.heads import (
+    HeadConfig,
     IVFProductQuantizerConfig,
     IVFResidualQuantizerConfig,
     ProductQuantizerConfig,
+    QINCo2Config,
+    QINCoConfig,
     ResidualQuantizerConfig,
 )
 from training import Experiment, Trainer, TrainingReport
@@ -180,6 +183,25 @@ def test_a_method_trains_exports_and_answers(
     assert len(ids[0]) == 5
     assert np.isfinite(scores).all()
     assert np.isfinite(series(tmp_path / "run", "train/loss")).all()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        QINCoConfig(**SIZE, hidden=16, task_gradient=True),
+        QINCo2Config(**SIZE, hidden=16, width=12, candidates=4, beam=2, num_lists=5),
+    ],
+    ids=lambda head: head.name,
+)
+def test_every_network_of_a_neural_head_learns_beside_the_towers(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, head: HeadConfig
+) -> None:
+    report = train(make_experiment(tiny_model, tiny_data, tmp_path / "run", head=head))
+    networks = DualEncoder.load(report.last).head.networks
+    # both start at zero; 6 steps, of which the head has 4
+    assert all(block.down.weight.abs().max() > 0 for network in networks for block in network.blocks)
+    assert all(network.concat.weight.abs().max() > 0 for network in networks)
+    assert np.isfinite(series(tmp_path / "run", "train/loss_head_distortion")).all()
 
 
 @pytest.mark.parametrize("rotation", ["givens_greedy", "givens_random", "givens_steepest", "cayley"])

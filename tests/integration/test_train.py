@@ -398,6 +398,7 @@ def test_no_step_uses_a_gradient_longer_than_the_limit(
         ("constant", lambda share: 1.0),
         ("linear", lambda share: 1 - share),
         ("cosine", lambda share: (1 + np.cos(np.pi * share)) / 2),
+        ("quarter_cosine", lambda share: np.cos(np.pi * share / 2)),
     ],
 )
 def test_learning_rates_rise_linearly_and_fall_as_the_schedule_says(

@@ -26,6 +26,8 @@ from retriever.heads import (
     NoCompressionConfig,
     ProductQuantizer,
     ProductQuantizerConfig,
+    QINCo2Config,
+    QINCoConfig,
     ResidualQuantizerConfig,
 )
 from retriever.scores import score_matrix
@@ -89,6 +91,35 @@ CONFIGS: dict[str, list[HeadConfig]] = {
         IVFResidualQuantizerConfig(
             num_lists=1, num_codebooks=2, codebook_bits=3, estimator="identity", list_assignment="frozen"
         ),
+    ],
+    "qinco": [
+        QINCoConfig(num_codebooks=3, codebook_bits=4, hidden=16, commitment_weight=0.5),
+        QINCoConfig(
+            num_codebooks=2,
+            codebook_bits=5,
+            hidden=8,
+            num_lists=257,
+            metric="inner_product",
+            network_start="random",
+            concat_rank=4,
+            task_gradient=True,
+        ),
+    ],
+    "qinco2": [
+        QINCo2Config(num_codebooks=3, codebook_bits=4, hidden=16, width=12, candidates=4, beam=3),
+        QINCo2Config(
+            num_codebooks=2,
+            codebook_bits=8,
+            num_lists=5,
+            width=24,
+            hidden=8,
+            beam=2,
+            metric="inner_product",
+            pout_zero_init=False,
+            start_noise=0.1,
+            task_gradient=True,
+        ),
+        QINCo2Config(num_codebooks=1, codebook_bits=3),
     ],
 }
 every_head = pytest.mark.parametrize(
@@ -317,7 +348,8 @@ def test_head_of_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) 
     path = tmp_path / "head" / "config.json"
     path.write_text(path.read_text().replace('"none"', '"hologram"'))
     with pytest.raises(
-        InputError, match=r"holds a head 'hologram'; this Endex knows none, pq, ivfpq, rq, ivfrq\. Upgrade"
+        InputError,
+        match=r"holds a head 'hologram'; this Endex knows none, pq, ivfpq, rq, ivfrq, qinco, qinco2\. Upgrade",
     ):
         load_head(tmp_path / "head")
 
