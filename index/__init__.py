@@ -14,6 +14,7 @@ from index.gpu import GpuPlan, IndexShape, plan_gpu, to_gpu
 from index.merge import merge_indexes
 from index.parity import Parity, ParityError, assert_parity, prove_parity
 from index.search import Searcher
+from index.stages import Widths
 
 __all__ = [
     "ExportEstimate",
@@ -27,6 +28,7 @@ __all__ = [
     "Searcher",
     "Shard",
     "ShardReport",
+    "Widths",
     "assert_parity",
     "count_blocks",
     "estimate_export",

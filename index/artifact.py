@@ -12,7 +12,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +22,22 @@ import numpy as np
 import torch
 
 from index._faiss import load_faiss
-from index.builders import FaissIndex, IndexBuilder, IVFPQBuilder, probing_all
+from index.builders import (
+    CascadeBuilder,
+    IndexBuilder,
+    IVFPQBuilder,
+    probing_all,
+    search_index,
+)
 from index.config import IndexConfig
+from index.decoders import save_decoders
 from index.encode import EncodedCorpus, Shard, encode_corpus
 from index.on_disk import LISTS, build_on_disk
-from index.parity import prove_parity
+from index.parity import Search, prove_parity
+from index.stages import DECODERS, Cascade, Widths
 from retriever import Document, DualEncoder, InputError, Precision, map_queries, model_fingerprint
 from retriever.folder import publish_folder, refuse_existing, write_json
-from retriever.heads import CompressionHead
+from retriever.heads import CompressionHead, NeuralCodec
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -47,16 +56,19 @@ __all__ = [
 ]
 
 
+INDEX_FILES = ("index", LISTS, DECODERS)  # what a search reads beside the codes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportReport:
     """Measurements of an export; seconds are wall clock."""
 
     ntotal: int
     code_size: int  # bytes a document
-    index_bytes: int  # size of the FAISS file
+    index_bytes: int  # size of the FAISS files, and of a cascade's decoders
     embed_seconds: float
     assign_seconds: float
-    build_seconds: float  # copying codebooks and codes into FAISS
+    build_seconds: float  # copying codebooks and codes into FAISS; also fitting a cascade's decoders
     parity: float  # largest difference between a FAISS score and the model's
     overlap: float  # share of the model's 20 best documents among FAISS's, 1 for an exact form
 
@@ -248,22 +260,24 @@ def write_index(
         sample: Vectors to search with.
         corpus: Measurements of the encoding, where there was one.
     """
-    export = head.export()
     codes_path = folder / "codes.u8"
     codes = np.memmap(codes_path, dtype=np.uint8, mode="r").reshape(-1, head.code_size)
     start = time.perf_counter()
+    export = builder.prepare(head, codes)
     on_disk = isinstance(builder, IVFPQBuilder) and builder.on_disk
     built = build_on_disk(builder, export, codes, folder) if on_disk else builder.build(export, codes)
     build_seconds = time.perf_counter() - start
+    search: Search = partial(search_index, built)
+    if isinstance(builder, CascadeBuilder) and isinstance(export, NeuralCodec):
+        save_decoders(folder / DECODERS, export)
+        search = Cascade(built, head, codes, export, _widths(builder)).search
     with probing_all(built):
-        proof = prove_parity(builder, built, head, codes, sample)
+        proof = prove_parity(builder, built, head, codes, sample, search)
     load_faiss().write_index(built, str(folder / "index"))
     report = ExportReport(
         ntotal=len(codes),
         code_size=head.code_size,
-        index_bytes=sum(
-            (folder / name).stat().st_size for name in ("index", LISTS) if (folder / name).is_file()
-        ),
+        index_bytes=sum((folder / name).stat().st_size for name in INDEX_FILES if (folder / name).is_file()),
         embed_seconds=corpus.embed_seconds if corpus else 0.0,
         assign_seconds=corpus.assign_seconds if corpus else 0.0,
         build_seconds=build_seconds,
@@ -273,22 +287,28 @@ def write_index(
     del codes
     if builder.kind == "flat":
         codes_path.unlink()
-    write_json(folder / "index_infos.json", _infos(built, head, sample, report))
+    write_json(folder / "index_infos.json", _infos(search, head, sample, report))
     return report
 
 
 def describe_index(report: ExportReport, head: CompressionHead, builder: IndexBuilder) -> dict[str, Any]:
     """Return the entries of an index folder's manifest."""
+    stages = {"cascade": asdict(_widths(builder))} if isinstance(builder, CascadeBuilder) else {}
     return {
         "ntotal": report.ntotal,
         "dim": head.dim,
         "code_size": report.code_size,
         "index": type(builder).__name__,
+        **stages,
     }
 
 
+def _widths(builder: CascadeBuilder) -> Widths:
+    return Widths(shortlist=builder.shortlist, rerank=builder.rerank)
+
+
 def _infos(
-    built: FaissIndex, head: CompressionHead, vectors: Float[Tensor, "s D"], report: ExportReport
+    search: Search, head: CompressionHead, vectors: Float[Tensor, "s D"], report: ExportReport
 ) -> dict[str, object]:
     """Return the report under autofaiss's keys (those that need no uncompressed copy of the corpus), and ours."""
     mapped = map_queries(head, vectors)
@@ -296,7 +316,7 @@ def _infos(
     milliseconds = []
     for row in range(len(queries)):
         start = time.perf_counter()
-        built.search(queries[row : row + 1], min(40, report.ntotal))
+        search(queries[row : row + 1], min(40, report.ntotal))
         milliseconds.append(1000 * (time.perf_counter() - start))
     with torch.no_grad():
         device = next(iter(head.state_dict().values()), vectors).device

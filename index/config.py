@@ -13,6 +13,7 @@ from retriever.heads import (
     CoarseProductCodebooks,
     FaissExport,
     FlatVectors,
+    NeuralCodec,
     ProductCodebooks,
 )
 
@@ -33,6 +34,7 @@ Kind = Literal[
     "rq_fastscan",
     "ivfrq",
     "ivfrq_fastscan",
+    "cascade",
 ]
 
 AUTO = {
@@ -41,6 +43,7 @@ AUTO = {
     CoarseProductCodebooks: "ivfpq",
     AdditiveCodebooks: "rq",
     CoarseAdditiveCodebooks: "ivfrq",
+    NeuralCodec: "cascade",
 }
 
 
@@ -52,7 +55,7 @@ class IndexConfig:
         kind: "auto": the exact form that the head needs. Head none: "flat", "sq8", "sq4", "hnsw", "hnsw_sq8". Head
             pq: "pq", "pq_fastscan" (4 bits), or "ivfpq" (the form that a GPU takes). Head ivfpq: "ivfpq",
             "ivfpq_fastscan" (4 bits). Head rq: "rq", "rq_fastscan" (4 bits, inner product). Head ivfrq: "ivfrq",
-            "ivfrq_fastscan" (4 bits, inner product).
+            "ivfrq_fastscan" (4 bits, inner product). Codes that a network decodes: "cascade".
         nlist: Inverted lists over which "ivfpq" spreads the codes of a head without lists; all are probed.
         nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default the square root
             of their number.
@@ -63,6 +66,13 @@ class IndexConfig:
         hnsw_m: "hnsw" and "hnsw_sq8": links of a document in each layer of the graph, twice as many in the lowest.
         ef_construction: "hnsw" and "hnsw_sq8": candidates kept while a document is added.
         ef_search: "hnsw" and "hnsw_sq8": candidates kept by a search; more find more, slower.
+        shortlist: "cascade": documents that a search takes from FAISS, at least the k it asks for.
+        rerank: "cascade" with pair tables: documents of the short list that the network decodes, at least k.
+        pairs: "cascade": tables of two codes, K K D float16 each; by default 2 M where the corpus has at least as many
+            documents as these tables have rows, otherwise none.
+        fit_rows: "cascade": documents by which the linear decoders are fitted.
+        list_codes: "cascade" of a head without lists: first codes of a document that name its inverted list.
+        hnsw_lists: "cascade": find the lists to probe by a graph over their centroids.
     """
 
     kind: Kind = "auto"
@@ -74,6 +84,12 @@ class IndexConfig:
     hnsw_m: int = 32
     ef_construction: int = 200
     ef_search: int = 128
+    shortlist: int = 1000
+    rerank: int = 200
+    pairs: int | None = None
+    fit_rows: int = 262_144
+    list_codes: int = 0
+    hnsw_lists: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -97,7 +113,7 @@ class IndexConfig:
         Raises:
             InputError: If the kind cannot carry it.
         """
-        learned = isinstance(export, CoarseProductCodebooks | CoarseAdditiveCodebooks)
+        learned = isinstance(export, CoarseProductCodebooks | CoarseAdditiveCodebooks | NeuralCodec)
         if self.nprobe is not None and not learned:
             raise InputError(
                 f"index.nprobe needs a head with inverted lists, got {self.nprobe}. Leave it out, or train with the "

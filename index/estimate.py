@@ -75,8 +75,7 @@ def estimate_export(
         sample: Documents to encode.
     """
     model = load_model(model_folder, device)
-    export = model.head.export()
-    builder = config.builder(export)
+    builder = config.builder(model.head.export())
     some = list(islice(documents, sample))
     options: dict[str, Any] = {"batch_size": batch_size, "precision": precision, "progress": False}
     with tempfile.TemporaryDirectory() as folder:
@@ -84,13 +83,14 @@ def estimate_export(
         corpus = encode_corpus(model, some, Path(folder) / "part", store_texts=store_texts, **options)
         sizes = {name: (corpus.folder / name).stat().st_size for name in corpus.files}
         codes = np.fromfile(corpus.folder / "codes.u8", dtype=np.uint8).reshape(corpus.ntotal, -1)
+    export = builder.prepare(model.head, codes)
     texts = (sizes.get("documents.jsonl", 0) + sizes.get("documents.offsets", 0)) * total // corpus.ntotal
     full, half = (
         len(load_faiss().serialize_index(builder.build(export, part)))
         for part in (codes, codes[: len(codes) // 2])
     )
     per_document = (full - half) / (len(codes) - len(codes) // 2) if len(codes) > 1 else full
-    index_bytes = int(full + per_document * (total - len(codes)))
+    index_bytes = int(full + per_document * (total - len(codes))) + builder.extra_bytes(export, total)
     code_bytes = total * model.head.code_size
     ids = sizes["docid"] * total // corpus.ntotal
     return ExportEstimate(

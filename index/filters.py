@@ -8,6 +8,7 @@ Shapes: B queries, D dimensions, k results, n chosen rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from retriever.scores import Metric, score_matrix
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from numpy.typing import NDArray
+    from torch import Tensor
 
-__all__ = ["search_among", "search_parameters"]
+__all__ = ["score_decoded", "search_among", "search_parameters"]
 
 PIECE = 65_536  # rows decoded at once
 
@@ -76,23 +78,26 @@ def search_among(
     lists = inverted_file(built)
     if lists is not None and lists.direct_map.no():
         lists.make_direct_map()  # lets FAISS find a row in the lists
-    return _decode_and_score(built, queries, k, rows)
+    metric: Metric = "l2" if built.metric_type == faiss.METRIC_L2 else "inner_product"
+    return score_decoded(
+        lambda piece: torch.from_numpy(built.reconstruct_batch(piece)), queries, k, rows, metric=metric
+    )
 
 
-def _decode_and_score(
-    built: FaissIndex,
+def score_decoded(
+    decode: Callable[[Int[NDArray[np.int64], " p"]], Float[Tensor, "p D"]],
     queries: Float[NDArray[np.float32], "B D"],
     k: int,
     rows: Int[NDArray[np.int64], " n"],
+    *,
+    metric: Metric,
 ) -> tuple[Float[NDArray[np.float32], "B k"], Int[NDArray[np.int64], "B k"]]:
-    """Score the decoded vectors of rows."""
-    metric: Metric = "l2" if built.metric_type == load_faiss().METRIC_L2 else "inner_product"
+    """Return scores (B, k), falling, and rows (B, k) of the best of the rows, by the vectors that `decode` returns."""
     scores = np.full((len(queries), k), -np.inf, np.float32)
     best = np.full((len(queries), k), -1, np.int64)
     for start in range(0, len(rows), PIECE):
         piece = rows[start : start + PIECE]
-        vectors = torch.from_numpy(built.reconstruct_batch(piece))
-        values = score_matrix(torch.tensor(queries), vectors, metric).numpy()
+        values = score_matrix(torch.tensor(queries), decode(piece), metric).numpy()
         values = np.hstack([scores, values])
         candidates = np.hstack([best, np.broadcast_to(piece, (len(queries), len(piece)))])
         order = np.argsort(-values, axis=1, kind="stable")[:, :k]

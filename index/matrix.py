@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,6 +18,7 @@ from retriever.heads import (
     CoarseProductCodebooks,
     FaissExport,
     FlatVectors,
+    NeuralCodec,
     ProductCodebooks,
 )
 from retriever.scores import Metric
@@ -64,6 +65,9 @@ def _exports(metric: Metric) -> dict[str, FaissExport]:
         exports[f"ivfrq, {bits} bits"] = CoarseAdditiveCodebooks(
             codebooks=books, centroids=lists, metric=metric
         )
+    codec = NeuralCodec(dim=4, num_codes=2, code_bits=8, metric=metric)
+    exports["neural"] = codec
+    exports["neural in lists"] = replace(codec, centroids=lists)
     return exports
 
 

@@ -8,8 +8,10 @@ Shapes: q queries, n documents, D dimensions, E dimensions in the head's space, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +26,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
     from numpy.typing import NDArray
 
-__all__ = ["Parity", "ParityError", "assert_parity", "prove_parity"]
+__all__ = ["Parity", "ParityError", "Search", "assert_parity", "prove_parity"]
+
+Search = Callable[[Any, int], tuple[Any, Any]]
+"""Query vectors (B, D) and k -> scores (B, k), falling, and rows (B, k), NumPy arrays."""
 
 TOLERANCE = 1e-5  # absolute difference of scores relative to the largest score; FAISS sums in float32
 PIECE = 16_384  # documents decoded at once
@@ -88,6 +93,7 @@ def prove_parity(
     head: CompressionHead,
     codes: UInt8[NDArray[np.uint8], "n size"],
     queries: Float[Tensor, "q D"],
+    search: Search | None = None,
 ) -> Parity:
     """Check an index as its family promises: `assert_parity` of an exact form, the overlap@20 of an inexact one.
 
@@ -98,6 +104,7 @@ def prove_parity(
         codes: Packed codes of all documents in index order.
         queries: Vectors to search with, not yet mapped; an inexact form, for which all documents are decoded, takes
             the first 100.
+        search: Returns scores and rows of queries and k; by default the search of `built` alone.
 
     Raises:
         ParityError: If the index is not as near to the model as its family promises.
@@ -105,7 +112,7 @@ def prove_parity(
     if builder.exact:
         return Parity(difference=assert_parity(built, head, codes, queries), overlap=1.0)
     queries = map_queries(head, queries[:100])
-    results = _search(built, head, codes, queries, 20)
+    results = _search(built, head, codes, queries, 20, search)
     results.check_order()
     if builder.exact_scores:
         results.check_scores()
@@ -172,11 +179,12 @@ def _search(
     codes: UInt8[NDArray[np.uint8], "n size"],
     queries: Float[Tensor, "q E"],
     k: int,
+    search: Search | None = None,
 ) -> _Results:
     """Search, and score the returned documents as the model does."""
     if built.ntotal != len(codes):
         raise ParityError(f"the index holds {built.ntotal} documents instead of {len(codes)}")
-    scores, rows = search_index(built, queries.numpy(), min(k, len(codes)))
+    scores, rows = (search or partial(search_index, built))(queries.numpy(), min(k, len(codes)))
     decoded = _decode(head, codes[np.maximum(rows, 0).ravel()]).view(*rows.shape, -1)  # (q, k, E)
     expected = torch.stack(
         [

@@ -20,6 +20,7 @@ from index.filters import search_among, search_parameters
 from index.gpu import to_gpu
 from index.lines import Lines
 from index.on_disk import read_index
+from index.stages import Cascade, Widths
 from retriever import (
     Document,
     DualEncoder,
@@ -52,14 +53,22 @@ class Searcher:
         model: A model folder that must be the one the index was made with; its query tower is used instead of
             the copy in the index folder.
         nprobe: Inverted lists that a search probes; by default what the folder says.
+        widths: Documents that the stages of a cascade pass on; by default what the folder says.
         verify: Compare the checksum of every file.
 
     Raises:
-        InputError: If the folder is damaged or unfinished, or was made with another model, or has no lists to probe.
+        InputError: If the folder is damaged or unfinished, or was made with another model, or has no lists to probe,
+            or no stages.
     """
 
     def __init__(
-        self, folder: Path, *, model: Path | None = None, nprobe: int | None = None, verify: bool = False
+        self,
+        folder: Path,
+        *,
+        model: Path | None = None,
+        nprobe: int | None = None,
+        widths: Widths | None = None,
+        verify: bool = False,
     ) -> None:
         manifest = check_folder(folder, "index", full=verify)
         if model is not None and model_fingerprint(model) != manifest["model"]:
@@ -77,6 +86,7 @@ class Searcher:
                 f"{self.faiss_index.ntotal}. Export the corpus again."
             )
         self._clone: FaissIndex | None = None
+        self._cascade = self._load_cascade(widths or Widths())
         if nprobe is not None:
             self.probe(nprobe)
         self._query_map = load_query_map(folder / "head")
@@ -92,12 +102,19 @@ class Searcher:
     @property
     def metric(self) -> Metric:
         """Score contract of the index."""
+        if self._cascade:
+            return self._cascade.export.metric
         return "l2" if self.faiss_index.metric_type == load_faiss().METRIC_L2 else "inner_product"
 
     @property
     def normalizes(self) -> bool:
         """Whether queries become unit vectors."""
         return self._model.query_encoder.settings.normalize
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """Mean milliseconds a query of each stage of a cascade, over all searches so far; empty for other forms."""
+        return self._cascade.times.milliseconds() if self._cascade else {}
 
     def probe(self, nprobe: int) -> None:
         """Probe so many inverted lists from now on.
@@ -124,6 +141,7 @@ class Searcher:
         *,
         precision: Precision = "fp32",
         nprobe: int | None = None,
+        widths: Widths | None = None,
         ids: Collection[str] | None = None,
     ) -> tuple[Float[NDArray[np.float32], "B k"], list[list[str]]]:
         """Return the k best documents of each query: scores (B, k) in falling order, and their ids.
@@ -132,7 +150,7 @@ class Searcher:
         -inf in their place. Arguments as in `search_vectors`.
         """
         vectors = self.embed(queries, precision=precision)
-        scores, rows = self.search_vectors(vectors, k, nprobe=nprobe, ids=ids)
+        scores, rows = self.search_vectors(vectors, k, nprobe=nprobe, widths=widths, ids=ids)
         return scores, [[self.document_ids[row] for row in result if row >= 0] for result in rows]
 
     def search_vectors(
@@ -141,6 +159,7 @@ class Searcher:
         k: int = 10,
         *,
         nprobe: int | None = None,
+        widths: Widths | None = None,
         ids: Collection[str] | None = None,
     ) -> tuple[Float[NDArray[np.float32], "B k"], Int[NDArray[np.int64], "B k"]]:
         """Return scores (B, k) and index rows (B, k) of the k best documents; k is cut at the corpus size.
@@ -151,11 +170,12 @@ class Searcher:
             vectors: Query vectors, as `embed` returns them.
             k: Documents a query.
             nprobe: Inverted lists probed by this search.
+            widths: Documents that the stages of a cascade pass on in this search.
             ids: Documents to choose from; by default all. An index with lists takes them from the lists it probes.
 
         Raises:
             InputError: If k is not positive, the vectors are not of the index's dimension or not finite, an id is
-                unknown, or there are no lists to probe.
+                unknown, or there are no lists to probe, or no stages.
         """
         if k < 1:
             raise InputError(f"k must be at least 1, got {k}.")
@@ -169,6 +189,10 @@ class Searcher:
             rows = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
             vectors = map_queries(self._query_map, rows).numpy()
         k = min(k, len(self.document_ids))
+        if self._cascade:
+            among = None if ids is None else self.rows(ids)
+            return self._cascade.search(vectors, k, widths=widths, nprobe=nprobe, rows=among)
+        self._refuse_widths(widths or Widths())
         if ids is None:
             built = self._clone or self.faiss_index
             parameters = None if nprobe is None else search_parameters(built, nprobe=nprobe)
@@ -214,6 +238,11 @@ class Searcher:
         Raises:
             InputError: If FAISS cannot have this index on these cards; every reason is named.
         """
+        if self._cascade:
+            raise InputError(
+                f"{self.folder} is searched by stages, which FAISS has not on cards. Leave out the cards, or let the "
+                "network decode on one: Searcher.to('cuda')."
+            )
         self._clone = to_gpu(self.faiss_index, devices=devices, k=k, nprobe=nprobe, mode=mode)
         return self
 
@@ -226,10 +255,12 @@ class Searcher:
         return Document(stored["_id"], stored["title"], stored["text"])
 
     def to(self, device: str | torch.device) -> Searcher:
-        """Move the query tower, and the head's query map where there is one, to a device."""
+        """Move the query tower to a device, and where there are, the head's query map and the network of a cascade."""
         self._model.to(device)
         if self._query_map is not None:
             self._query_map.to(device)
+        if self._cascade:
+            self._cascade.to(device)
         return self
 
     def _lists(self, nprobe: int) -> FaissIndex:
@@ -246,6 +277,20 @@ class Searcher:
                 f"nprobe must be between 1 and {lists.nlist}, the lists of the index; got {nprobe}."
             )
         return lists
+
+    def _load_cascade(self, widths: Widths) -> Cascade | None:
+        """Return the stages of a cascade, None for other forms."""
+        stored = self.manifest.get("cascade")
+        if stored is None:
+            self._refuse_widths(widths)
+            return None
+        return Cascade.load(self.folder, self.faiss_index, widths.over(Widths(**stored)))
+
+    def _refuse_widths(self, widths: Widths) -> None:
+        if widths.given:
+            raise InputError(
+                f"{self.folder} is no cascade: shortlist and rerank have no meaning. Leave them out."
+            )
 
     def _embedded_model(self, folder: Path) -> DualEncoder:
         encoder = Encoder.load(folder)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from index import Searcher
+from index import Searcher, Widths
 from launch.arguments import parse, verb_parser
 from launch.plot import plot_probes
 from launch.search import write_run
@@ -44,6 +44,7 @@ def run(words: list[str]) -> int:
         default=None,
         help="Draw Recall@100 against nprobe into this PNG, SVG or PDF.",
     )
+    parser.add_class_arguments(Widths, "cascade")
     parser.add_argument("--batch_size", type=int, default=64, help="Texts a forward pass.")
     parser.add_argument("--precision", type=Precision, default="fp32", help="Arithmetic of the towers.")
     options = parse(parser, words)
@@ -57,16 +58,18 @@ def run(words: list[str]) -> int:
         print(json.dumps(probes) if options.json else _probe_table(probes))
         return 0
     if _kind(folder) == "index":
-        searcher = Searcher(folder)
+        searcher = Searcher(folder, widths=options.cascade)
         metrics, results = evaluate_index(
             searcher, _judged_queries(options, searcher), precision=options.precision
         )
+        metrics |= {f"milliseconds/{stage}": value for stage, value in searcher.milliseconds.items()}
         if options.run:
             write_run(Path(options.run), results, tag=folder.name)
     else:
-        if options.run or options.nprobe:
+        if options.run or options.nprobe or options.cascade.given:
             raise InputError(
-                "--run and --nprobe need an index folder. Export the model first: endex export MODEL CORPUS --out DIR."
+                "--run, --nprobe and --cascade need an index folder. Export the model first: endex export MODEL CORPUS "
+                "--out DIR."
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = DualEncoder.load(folder).to(device)
@@ -83,7 +86,7 @@ def run(words: list[str]) -> int:
 
 def _evaluate_probes(folder: Path, options: Any) -> dict[int, dict[str, float]]:
     """Return the measures for each number of probed lists, and draw them if asked."""
-    searcher = Searcher(folder)
+    searcher = Searcher(folder, widths=options.cascade)
     data, probes = _judged_queries(options, searcher), {}
     for nprobe in sorted(set(options.nprobe)):
         searcher.probe(nprobe)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from index import Searcher
+from index import Searcher, Widths
 from launch.arguments import parse, verb_parser
 from retriever import InputError, Precision, Query, read_queries
 from training.evaluate import Run
@@ -41,6 +41,10 @@ def run(words: list[str]) -> int:
         default=None,
         help="Cards to search on, as '[0,1]'; they share the documents.",
     )
+    parser.add_class_arguments(Widths, "cascade")
+    parser.add_argument(
+        "--times", action="store_true", help="Also print the milliseconds a query of each stage of a cascade."
+    )
     parser.add_argument("--verify", action="store_true", help="Compare the checksum of every file first.")
     parser.add_argument("--precision", type=Precision, default="fp32", help="Arithmetic of the tower.")
     options = parse(parser, words)
@@ -50,6 +54,7 @@ def run(words: list[str]) -> int:
         Path(options.index),
         model=Path(options.model) if options.model else None,
         nprobe=options.nprobe,
+        widths=options.cascade,
         verify=options.verify,
     )
     if options.gpu:
@@ -62,16 +67,17 @@ def run(words: list[str]) -> int:
         name: dict(zip(found, values, strict=False))  # fewer ids where the probed lists hold no more
         for name, found, values in zip(queries, ids, scores.tolist(), strict=True)
     }
+    times = {"milliseconds": searcher.milliseconds} if options.times else {}
     if options.run:
         write_run(Path(options.run), results, tag=Path(options.index).name)
         print(
-            json.dumps({"run": options.run, "queries": len(results)})
+            json.dumps({"run": options.run, "queries": len(results), **times})
             if options.json
             else f"wrote {options.run}"
         )
         return 0
     if options.json:
-        print(json.dumps(results))
+        print(json.dumps({"results": results, **times} if options.times else results))
         return 0
     rows = {name: row for row, name in enumerate(searcher.document_ids)}
     for name, found in results.items():
@@ -79,6 +85,8 @@ def run(words: list[str]) -> int:
         print(query if isinstance(query, str) else f"query {name}")
         for rank, (document, score) in enumerate(found.items(), start=1):
             print(f"  {rank:>3}  {score:.4f}  {document}  {_snippet(searcher, rows[document])}")
+    for stage, milliseconds in times.get("milliseconds", {}).items():
+        print(f"{stage}: {milliseconds:.2f} ms a query")
     return 0
 
 

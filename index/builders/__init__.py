@@ -1,6 +1,7 @@
 """Index families: one family, one file. A new family is one file and one line of `BUILDERS`."""
 
 from index.builders.base import FaissIndex, IndexBuilder, inverted_file, probing_all, search_index
+from index.builders.cascade import CascadeBuilder
 from index.builders.flat import FlatBuilder
 from index.builders.hnsw import HNSWBuilder
 from index.builders.hnsw_sq8 import HNSWSQ8Builder
@@ -29,10 +30,12 @@ BUILDERS: dict[str, type[IndexBuilder]] = {
     "rq_fastscan": RQFastScanBuilder,
     "ivfrq": IVFRQBuilder,
     "ivfrq_fastscan": IVFRQFastScanBuilder,
+    "cascade": CascadeBuilder,
 }
 
 __all__ = [
     "BUILDERS",
+    "CascadeBuilder",
     "FaissIndex",
     "FlatBuilder",
     "HNSWBuilder",

@@ -19,8 +19,10 @@ from retriever.heads import (
     AdditiveCodebooks,
     CoarseAdditiveCodebooks,
     CoarseProductCodebooks,
+    CompressionHead,
     FaissExport,
     FlatVectors,
+    NeuralCodec,
     ProductCodebooks,
 )
 from retriever.heads.base import list_number_size
@@ -104,6 +106,14 @@ class IndexBuilder(ABC):
         check_export(export)
         self._check(export)
 
+    def prepare(self, head: CompressionHead, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissExport:
+        """Return what is built: the head's export, and what a family adds to it from head and codes."""
+        return head.export()
+
+    def extra_bytes(self, export: FaissExport, documents: int) -> int:
+        """Return the bytes of what `prepare` adds, for a corpus of so many documents."""
+        return 0
+
     def build(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         """Return a FAISS index that holds the exported codebooks and the codes as they are, behind the rotation.
 
@@ -131,6 +141,8 @@ def check_export(export: FaissExport) -> None:
     Each codebook needs a power of two of codewords, 2 to 65536; centroids and rotation need the dimension of the
     codebooks.
     """
+    if isinstance(export, NeuralCodec) and export.centroids is not None:
+        _check_shape("centroids", export.centroids, (len(export.centroids), export.dim))
     if not isinstance(export, ProductCodebooks | AdditiveCodebooks):
         return
     codewords = export.codebooks.shape[1]
@@ -182,7 +194,9 @@ def vector_dim(export: FaissExport) -> int:
         return export.codebooks.shape[0] * export.codebooks.shape[2]
     if isinstance(export, AdditiveCodebooks):
         return export.codebooks.shape[2]
-    assert isinstance(export, FlatVectors), f"an export of an unknown type {type(export).__name__}"
+    assert isinstance(export, FlatVectors | NeuralCodec), (
+        f"an export of an unknown type {type(export).__name__}"
+    )
     return export.dim
 
 
@@ -195,12 +209,16 @@ def code_bytes(export: FaissExport) -> int:
     """Return the bytes of a document's code, without its list number."""
     if isinstance(export, ProductCodebooks | AdditiveCodebooks):
         return (export.codebooks.shape[0] * code_bits(export) + 7) // 8
+    if isinstance(export, NeuralCodec):
+        return (export.num_codes * export.code_bits + 7) // 8
     return 4 * vector_dim(export)
 
 
 def num_lists(export: FaissExport) -> int:
     """Return J, or 0 where there are no lists."""
     if isinstance(export, CoarseProductCodebooks | CoarseAdditiveCodebooks):
+        return len(export.centroids)
+    if isinstance(export, NeuralCodec) and export.centroids is not None:
         return len(export.centroids)
     return 0
 
@@ -216,9 +234,10 @@ def split_lists(
 
 
 def faiss_metric(export: FaissExport) -> int:
-    """Return the number by which FAISS knows the export's metric."""
+    """Return the number by which FAISS knows the export's metric; the short list of a neural codec is by product."""
     faiss = load_faiss()
-    return int(faiss.METRIC_INNER_PRODUCT if export.metric == "inner_product" else faiss.METRIC_L2)
+    product = export.metric == "inner_product" or isinstance(export, NeuralCodec)
+    return int(faiss.METRIC_INNER_PRODUCT if product else faiss.METRIC_L2)
 
 
 def search_index(

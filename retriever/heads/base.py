@@ -156,8 +156,8 @@ class CoarseAdditiveCodebooks(AdditiveCodebooks):
 class NeuralCodec(FaissExport):
     """Codes that a network decodes (QINCo, UNQ): FAISS has no form for them and holds them behind a linear decoder.
 
-    That one only makes a short list; the scores that count are those of the head's `decode`. A head leaves
-    `additive` out: `index.decoders` computes it in closed form, from codes of the corpus and what the head decodes
+    That one only makes a short list; the scores that count are those of the head's `decode`. A head leaves the linear
+    decoders out: `index.decoders` computes them in closed form, from codes of the corpus and what the head decodes
     them to.
 
     Attributes:
@@ -166,15 +166,19 @@ class NeuralCodec(FaissExport):
         code_bits: log2 K.
         centroids: One of each inverted list, whose number stands before the codes, (J, D) float32, in the space of
             the decoded vectors; None where there are no lists.
-        additive: Codebooks whose sums come nearest to the decoded vectors; residual to `centroids` where there are
-            lists.
+        additive: Codebooks whose sums, plus the centroid where there are lists, come nearest to the decoded vectors,
+            (M, K, D) float32.
+        pairs: Pairs of codes that have a table, (P, 2).
+        tables: What each pair of values adds to that sum, (P, K K, D) float16.
     """
 
     dim: int
     num_codes: int
     code_bits: int
     centroids: Float[Tensor, "J D"] | None = None
-    additive: AdditiveCodebooks | None = None
+    additive: Float[Tensor, "M K D"] | None = None
+    pairs: Int[Tensor, "P 2"] | None = None
+    tables: Float[Tensor, "P KK D"] | None = None
 
 
 class QuantizerFit(Protocol):

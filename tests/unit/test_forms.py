@@ -228,7 +228,8 @@ def inside(built: FaissIndex) -> FaissIndex:
 
 
 def test_every_form_is_tested_here() -> None:
-    assert {form[0] for form in FORMS} == set(BUILDERS)
+    # FAISS holds only the first stage of a cascade: test_decoders.py and test_cascade.py
+    assert {form[0] for form in FORMS} == set(BUILDERS) - {"cascade"}
 
 
 @every_cell
