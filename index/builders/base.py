@@ -123,9 +123,13 @@ class IndexBuilder(ABC):
         self.check(export)
         check_codes(export, codes)
         built = self._fill(export, codes)
-        assert built.metric_type == faiss_metric(export), "the constructor must not change the metric"
+        assert built.metric_type == self._metric(export), "the constructor must not change the metric"
         assert built.ntotal == len(codes), f"{built.ntotal} of {len(codes)} documents were taken"
         return with_rotation(built, export)
+
+    def _metric(self, export: FaissExport) -> int:
+        """Return FAISS's number of the metric that the filled index has."""
+        return faiss_metric(export)
 
     def _check(self, export: FaissExport) -> None:  # noqa: B027
         """Raise InputError for what this family alone cannot carry."""
@@ -234,10 +238,9 @@ def split_lists(
 
 
 def faiss_metric(export: FaissExport) -> int:
-    """Return the number by which FAISS knows the export's metric; the short list of a neural codec is by product."""
+    """Return the number by which FAISS knows the export's metric."""
     faiss = load_faiss()
-    product = export.metric == "inner_product" or isinstance(export, NeuralCodec)
-    return int(faiss.METRIC_INNER_PRODUCT if product else faiss.METRIC_L2)
+    return int(faiss.METRIC_INNER_PRODUCT if export.metric == "inner_product" else faiss.METRIC_L2)
 
 
 def search_index(

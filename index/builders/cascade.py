@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from index._faiss import load_faiss
 from index.builders.base import FaissIndex, IndexBuilder, inverted_file, num_lists
 from index.builders.lists import check_nprobe, default_nprobe
 from index.builders.repeated import fill_lists, fill_scan
@@ -109,6 +110,10 @@ class CascadeBuilder(IndexBuilder):
                 "nprobe and hnsw_lists need inverted lists, and this head has none. Choose list_codes 1, or leave "
                 "them out."
             )
+
+    def _metric(self, export: FaissExport) -> int:
+        """The short list of distances is made of inner products too."""
+        return int(load_faiss().METRIC_INNER_PRODUCT)
 
     def _fill(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         assert isinstance(export, NeuralCodec), "checked above"
