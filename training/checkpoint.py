@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import uuid
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import nn
 from retriever.errors import InputError
 from retriever.folder import check_folder, publish_folder, read_json, write_json
 
-__all__ = ["Progress", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Progress", "checkpoint_folder", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
@@ -29,6 +30,8 @@ class Progress:
 
     Attributes:
         step: Optimizer steps done.
+        run_id: Names the run at trackers, through every resume.
+        evaluated: Step of the last evaluation.
         best_metric: Best value of the metric that names the best model; None before the first evaluation.
         best_step: Its step.
         worse: Evaluations since then.
@@ -38,12 +41,19 @@ class Progress:
     """
 
     step: int = 0
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex[:16])
+    evaluated: int = 0
     best_metric: float | None = None
     best_step: int = 0
     worse: int = 0
     processes: int = 1
     stopped: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step is written."""
+    return folder / f"step-{step:08d}"
 
 
 def save_checkpoint(
@@ -57,7 +67,7 @@ def save_checkpoint(
     keep: int,
 ) -> None:
     """Publish `folder/step-N` and remove all but the newest `keep` checkpoints."""
-    with publish_folder(folder / f"step-{progress.step:08d}", "checkpoint", overwrite=True) as path:
+    with publish_folder(checkpoint_folder(folder, progress.step), "checkpoint", overwrite=True) as path:
         save_file(_unshared(model.state_dict()), path / "model.safetensors")
         tensors, scalars = _split_optimizer(optimizer.state_dict())
         save_file(tensors, path / "optimizer.safetensors")

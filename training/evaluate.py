@@ -114,7 +114,7 @@ def evaluate_model(
 ) -> dict[str, float]:
     """Return `dense/...` and, if the head compresses, `compressed/...` measures by exhaustive search.
 
-    In a distributed run every process embeds its share; all must call this together.
+    In a distributed run every process embeds and searches its share; all must call this together.
     """
     documents, ids = list(data.documents.values()), list(data.documents)
     device = model.device
@@ -135,12 +135,27 @@ def evaluate_model(
             results["compressed"] = (model.head.map_queries(q), torch.cat(parts))
     metrics = {}
     for kind, (queries, vectors) in results.items():
-        scores, rows = search_exhaustively(queries, vectors, DEPTH, metric=model.head.metric)
+        scores, rows = _search_in_shares(queries, vectors, model.head.metric)
         found = measure(
             data.qrels, _run(names, scores.tolist(), [[ids[row] for row in r] for r in rows.tolist()])
         )
         metrics.update({f"{kind}/{name}": value for name, value in found.items()})
     return metrics
+
+
+def _search_in_shares(
+    queries: Float[Tensor, "B D"], documents: Float[Tensor, "n D"], metric: Metric
+) -> tuple[Float[Tensor, "B k"], Int[Tensor, "B k"]]:
+    """Search this process's share of the queries and join the results of all."""
+    if world_size() == 1:
+        return search_exhaustively(queries, documents, DEPTH, metric=metric)
+
+    def search(share: Sequence[int]) -> Tensor:
+        scores, rows = search_exhaustively(queries[list(share)], documents, DEPTH, metric=metric)
+        return torch.stack([scores.double(), rows.double()], 1)  # both are exact in float64
+
+    found = embed_in_shares(range(len(queries)), search, queries.device)
+    return found[:, 0], found[:, 1].long()
 
 
 def evaluate_index(
@@ -183,5 +198,5 @@ def embed_in_shares(
     size = -(-len(items) // shares)
     rank = torch.distributed.get_rank()
     own = embed(items[rank * size : (rank + 1) * size]).to(device)
-    padded = torch.cat([own, own.new_zeros(size - len(own), own.shape[1])])
+    padded = torch.cat([own, own.new_zeros(size - len(own), *own.shape[1:])])
     return all_gather(padded.detach())[: len(items)]

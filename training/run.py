@@ -6,13 +6,20 @@ Devices, data, model, optimizer, batches, checkpoints; the loop itself is in `tr
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate import (
+    Accelerator,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,16 +38,19 @@ from retriever import (
 from retriever.data import document_key
 from retriever.heads import QuantizerFit
 from training.candidates import build_candidates, freeze_towers
-from training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from training.checkpoint import Progress, checkpoint_folder, load_checkpoint, save_checkpoint
 from training.evaluate import embed_in_shares, search_exhaustively, select_evaluation
 from training.experiment import Experiment, OptimizationConfig
 from training.negatives import BatchPlan, PairDataset
 from training.optimizer import parameter_groups
 from training.recipe import dump_experiment
-from training.run_folder import checkpoint_to_continue
+from training.run_folder import checkpoint_to_continue, clear_leftovers, depends_on_processes
 
 __all__ = ["TrainingRun"]
 
+COLLECTIVE_TIMEOUT = timedelta(hours=2)
+"""How long processes wait for each other. NCCL's ten minutes end a run in which the first one clusters the head's
+sample or writes a large model to a slow disk. Where a process dies, torchrun ends the others at once."""
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
@@ -71,7 +81,11 @@ class TrainingRun:
             mixed_precision=PRECISIONS[optimization.precision],
             log_with=experiment.tracking.trackers or None,
             project_dir=str(self.folder),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+            cpu=_processes_share_cpus(),
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=True),
+                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            ],
         )
         self.processes = self.accelerator.num_processes
         self._check_batch(optimization)
@@ -161,25 +175,32 @@ class TrainingRun:
     def restore(self, resume: bool) -> None:
         """Continue from the newest checkpoint."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = checkpoint_to_continue(self.folder, self.experiment) if resume else None
+        if not resume:
+            return
+        if self.accelerator.is_main_process:
+            clear_leftovers(self.folder)
+        self.accelerator.wait_for_everyone()
+        path = checkpoint_to_continue(self.folder, self.experiment)
         if path is None:
             return
         self.progress, scaler = load_checkpoint(path, model=self.state, optimizer=self.optimizer)
-        if self.progress.processes != self.processes:
+        reason = depends_on_processes(self.experiment)
+        if self.progress.processes != self.processes and reason:
             raise InputError(
                 f"{path} was written by {self.progress.processes} processes and cannot continue exactly on "
-                f"{self.processes}. Start as many processes as before."
+                f"{self.processes}: {reason}. Start as many processes as before."
             )
         if scaler and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(scaler)
 
-    def save_checkpoint(self) -> None:
-        """Publish the state after this step, from the main process."""
+    def save_checkpoint(self) -> Path:
+        """Publish the state after this step, from the main process; return its folder."""
+        folder = self.folder / "checkpoints"
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             self.progress.processes = self.processes
             save_checkpoint(
-                self.folder / "checkpoints",
+                folder,
                 model=self.state,
                 optimizer=self.optimizer,
                 progress=self.progress,
@@ -188,6 +209,7 @@ class TrainingRun:
                 keep=self.experiment.checkpoint.keep,
             )
         self.accelerator.wait_for_everyone()
+        return checkpoint_folder(folder, self.progress.step)
 
     def _plan_pairs(self) -> None:
         """Decide which pairs each step sees."""
@@ -253,3 +275,11 @@ class TrainingRun:
         if self.experiment.optimization.warm_start_from == "corpus":
             return sorted(self.data.documents)
         return sorted({document for _, document in self.dataset.rows})
+
+
+def _processes_share_cpus() -> bool:
+    """Whether a launcher started several processes on a machine without accelerators.
+
+    accelerate has to be told, or it takes each of them for a run of its own.
+    """
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import yaml
 
 from retriever import InputError
-from training.checkpoint import latest_checkpoint
+from retriever.folder import MANIFEST
+from training.checkpoint import STEP_FOLDER, latest_checkpoint
 from training.experiment import Experiment
 from training.recipe import dump_experiment, load_experiment
 from training.tracking import flatten
 
-__all__ = ["checkpoint_to_continue", "refuse_finished"]
+__all__ = ["checkpoint_to_continue", "clear_leftovers", "depends_on_processes", "refuse_finished"]
 
 MAY_CHANGE = ("tracking", "checkpoint", "evaluation")  # parts of an experiment that a resumed run may change
 
@@ -51,3 +53,31 @@ def checkpoint_to_continue(folder: Path, experiment: Experiment) -> Path | None:
             f"({', '.join(MAY_CHANGE)} may change), or choose another output."
         )
     return path
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what a killed process was about to write or to delete; put back a model that it had moved aside."""
+    checkpoints = folder / "checkpoints"
+    for old in folder.glob(".best.*.old"):
+        if not (folder / "best").exists():
+            old.rename(folder / "best")
+    half = [path for path in checkpoints.glob("*") if STEP_FOLDER.fullmatch(path.name)]
+    half = [path for path in half if not (path / MANIFEST).is_file()]
+    for parent in (folder, checkpoints):
+        half += [*parent.glob(".*.tmp"), *parent.glob(".*.old")]
+    for path in half:
+        shutil.rmtree(path)
+
+
+def depends_on_processes(experiment: Experiment) -> str | None:
+    """Return what makes a run's numbers depend on the number of processes by more than rounding, or None."""
+    optimization, live = experiment.optimization, experiment.live_negatives
+    if optimization.dropout and optimization.freeze != "both":
+        return "each process draws its own dropout (optimization.dropout)"
+    if live.per_query and live.per_query < live.depth:
+        return "each process draws its own live negatives (live_negatives.per_query below depth)"
+    if optimization.cross_device in ("in_batch", "detached"):
+        return f"negatives are shared another way (optimization.cross_device {optimization.cross_device})"
+    if optimization.cross_device == "full" and optimization.world_scale == "ddp_mean":
+        return "gradients are divided by the number of processes (optimization.world_scale ddp_mean)"
+    return None

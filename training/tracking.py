@@ -5,7 +5,6 @@ Metric names: `train/...`, `head/...`, `perf/...`, `eval/dense/...`, `eval/compr
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from training.checkpoint import Progress
 from training.experiment import Experiment
 from training.recipe import dump_experiment
 
@@ -29,17 +29,19 @@ class RunLog:
         folder: The run's folder.
         experiment: Its configuration, sent to the trackers.
         accelerator: Made with `log_with=experiment.tracking.trackers`.
-        step: Rows after this step are dropped, as a resumed run writes them again.
+        progress: Rows after its step are dropped, as a resumed run writes them again; its run id names the run.
     """
 
-    def __init__(self, folder: Path, experiment: Experiment, accelerator: Accelerator, step: int) -> None:
+    def __init__(
+        self, folder: Path, experiment: Experiment, accelerator: Accelerator, progress: Progress
+    ) -> None:
         self._path = folder / "metrics.jsonl"
         self._accelerator = accelerator
         if not accelerator.is_main_process:
             return
-        _truncate(self._path, step)
+        _truncate(self._path, progress.step)
         if experiment.tracking.trackers:
-            self._start_trackers(folder, experiment)
+            self._start_trackers(folder, experiment, progress.run_id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one row, on the main process."""
@@ -52,10 +54,9 @@ class RunLog:
         """Finish the trackers."""
         self._accelerator.end_training()
 
-    def _start_trackers(self, folder: Path, experiment: Experiment) -> None:
+    def _start_trackers(self, folder: Path, experiment: Experiment, run_id: str) -> None:
         tracking = experiment.tracking
         name = tracking.name or folder.name
-        run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]  # the same after a resume
         wandb = {"name": name, "tags": tracking.tags, "id": run_id, "resume": "allow", "dir": str(folder)}
         config = flatten(yaml.safe_load(dump_experiment(experiment)))
         self._accelerator.init_trackers(tracking.project, config=config, init_kwargs={"wandb": wandb})

@@ -26,6 +26,7 @@ from training.chunked import ChunkedRound
 from training.evaluate import evaluate_model
 from training.experiment import Experiment
 from training.optimizer import clip_gradients, forget, learning_rate_factor
+from training.preemption import Preempted, StopRequest
 from training.recipe import dump_experiment
 from training.rounds import Round, RoundResult, WholeRound
 from training.run import TrainingRun
@@ -78,11 +79,26 @@ class Trainer:
 
         Raises:
             InputError: If data, model or output folder are not fit for the run.
+            Preempted: If SIGTERM or SIGUSR1 came; the step is finished and a checkpoint written.
         """
         refuse_finished(Path(self.experiment.output), resume)
-        self.run = run = TrainingRun(self.experiment, self.quantizer_fit, self.start_vectors)
-        run.restore(resume)
-        log = RunLog(run.folder, self.experiment, run.accelerator, run.progress.step)
+        with StopRequest() as stop:
+            self.run = run = TrainingRun(self.experiment, self.quantizer_fit, self.start_vectors)
+            run.restore(resume)
+            log = RunLog(run.folder, self.experiment, run.accelerator, run.progress)
+            try:
+                self._train(log, stop)
+            except Preempted:
+                log.close()
+                raise
+            report = self._finish()
+            log.close()  # ends the process group, so it comes last
+        return report
+
+    def _train(self, log: RunLog, stop: StopRequest) -> None:
+        """Take the remaining steps."""
+        run, config = self.run, self.experiment
+        self._evaluate_if_due(log)  # a signal may have left no time for it
         self._started, self._pairs = time.perf_counter(), 0
         self._round: Round = (ChunkedRound if self.experiment.optimization.chunk_size else WholeRound)(run)
         rounds = run.rounds()
@@ -93,23 +109,21 @@ class Trainer:
             disable=not (self.show_progress and run.accelerator.is_main_process),
         ) as bar:
             for step in range(run.progress.step, run.steps):
+                if run.progress.stopped:
+                    break
                 torch.manual_seed(self._seed(step))
                 self._start_or_refresh(step)
                 row = self._step(step, rounds)
                 run.progress.step = step + 1
-                if self._due(self.experiment.tracking.every):
+                if self._due(config.tracking.every):
                     log.log(step + 1, self._collect(row))
                     bar.set_postfix(loss=f"{row['train/loss']:.3f}", refresh=False)
-                if self._due(self.experiment.evaluation.every):
-                    log.log(step + 1, self._evaluate())
-                if self._due(self.experiment.checkpoint.every):
+                if stop.agreed(run.accelerator.device):
+                    raise Preempted(step + 1, run.save_checkpoint())
+                self._evaluate_if_due(log)
+                if self._due(config.checkpoint.every):
                     run.save_checkpoint()
                 bar.update()
-                if run.progress.stopped:
-                    break
-        report = self._finish()
-        log.close()  # ends the process group, so it comes last
-        return report
 
     def _step(self, step: int, rounds: Iterator[list[TokenBatch]]) -> dict[str, float]:
         """Run one optimizer step; return the values to log."""
@@ -154,6 +168,12 @@ class Trainer:
             run.warm_start()
         elif step > run.head_start and every and (step - run.head_start) % every == 0:
             run.candidates.refresh(run.model, run.corpus_vectors())
+
+    def _evaluate_if_due(self, log: RunLog) -> None:
+        progress = self.run.progress
+        if progress.step > progress.evaluated and self._due(self.experiment.evaluation.every):
+            progress.evaluated = progress.step
+            log.log(progress.step, self._evaluate())
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluate the current model, and save it if it is the best so far."""

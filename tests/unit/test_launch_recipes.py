@@ -167,7 +167,10 @@ def test_array_task_makes_an_index_of_one_file(
     assert (beyond.returncode, "holds 2. Use --array=0-1" in beyond.stderr) == (2, True)
 
 
-def test_training_starts_on_every_node(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("restarts", "resume"), [("", ""), ("0", ""), ("1", " --resume")])
+def test_training_starts_on_every_node_and_resumes_when_requeued(
+    tmp_path: Path, restarts: str, resume: str
+) -> None:
     for name, body in {
         "scontrol": 'echo "node1\nnode2"',
         "srun": 'echo "$@"',
@@ -176,12 +179,13 @@ def test_training_starts_on_every_node(tmp_path: Path) -> None:
         (tmp_path / name).chmod(0o755)
     variables = {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
     variables |= {"SLURM_GPUS_ON_NODE": "8", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    variables |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
     done = call(
         ["bash", str(ROOT / "launch/slurm/train.sbatch"), "a.yaml", "--output", "x y"], tmp_path, **variables
     )
     assert done.stdout.split("\n")[0] == (
         "torchrun --nnodes 2 --nproc_per_node 8 --rdzv_id 7 --rdzv_backend c10d --rdzv_endpoint node1:29500 "
-        "--no-python endex train a.yaml --output x y"
+        f"--no-python endex train a.yaml --output x y{resume}"
     )
 
 

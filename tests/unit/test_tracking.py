@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from retriever import DualEncoderConfig
 from retriever.heads import ProductQuantizerConfig
 from training import Experiment
+from training.checkpoint import Progress
 from training.experiment import DataConfig, TrackingConfig
 from training.losses import MCLConfig
 from training.tracking import RunLog
@@ -51,7 +52,7 @@ def log_again(folder: Path, accelerator: Accelerator, text: str, step: int) -> s
     """Put text into metrics.jsonl, start a log at a step, and return what the file holds then."""
     path = folder / "metrics.jsonl"
     path.write_text(text, encoding="utf-8")
-    RunLog(folder, experiment(), accelerator, step)
+    RunLog(folder, experiment(), accelerator, Progress(step=step))
     return path.read_text(encoding="utf-8")
 
 
@@ -69,13 +70,13 @@ def test_a_last_line_cut_by_a_kill_is_dropped(tmp_path: Path, accelerator: Accel
 
 def test_a_row_logged_after_a_cut_line_begins_a_new_line(tmp_path: Path, accelerator: Accelerator) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(LINES)[:-4], encoding="utf-8")
-    RunLog(tmp_path, experiment(), accelerator, 3).log(4, {"train/loss": 1.0})
+    RunLog(tmp_path, experiment(), accelerator, Progress(step=3)).log(4, {"train/loss": 1.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [*ROWS[:4], {"step": 4, "train/loss": 1.0}]
 
 
 def test_every_row_is_on_disk_as_soon_as_it_is_logged(tmp_path: Path, accelerator: Accelerator) -> None:
-    log = RunLog(tmp_path, experiment(), accelerator, 0)
+    log = RunLog(tmp_path, experiment(), accelerator, Progress())
     log.log(1, {"train/loss": 2.5})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "train/loss": 2.5}
 
@@ -89,7 +90,7 @@ def test_only_the_main_process_writes(
     tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Accelerator, "is_main_process", property(lambda self: False))
-    log = RunLog(tmp_path, experiment(), accelerator, 0)
+    log = RunLog(tmp_path, experiment(), accelerator, Progress())
     log.log(1, {"train/loss": 2.5})
     assert list(tmp_path.iterdir()) == []
 
@@ -98,7 +99,7 @@ def test_only_the_main_process_writes(
 def tensorboard_folder(tmp_path: Path, accelerator: Accelerator) -> Path:
     """A run that logged two rows to tensorboard."""
     tracked = Accelerator(cpu=True, log_with=["tensorboard"], project_dir=str(tmp_path))
-    log = RunLog(tmp_path, experiment(trackers=["tensorboard"], tags=["a", "b"]), tracked, 0)
+    log = RunLog(tmp_path, experiment(trackers=["tensorboard"], tags=["a", "b"]), tracked, Progress())
     log.log(1, {"train/loss": 2.5})
     log.log(2, {"train/loss": 1.25})
     log.close()
