@@ -23,6 +23,7 @@ from retriever.heads.pq import ProductQuantizer, ProductQuantizerConfig
 from retriever.heads.qinco import QINCo, QINCoConfig
 from retriever.heads.qinco2 import QINCo2, QINCo2Config
 from retriever.heads.rq import ResidualQuantizer, ResidualQuantizerConfig
+from retriever.heads.unq import UNQ, UNQConfig
 
 HEADS: dict[str, type[HeadConfig]] = {
     "none": NoCompressionConfig,
@@ -32,10 +33,12 @@ HEADS: dict[str, type[HeadConfig]] = {
     "ivfrq": IVFResidualQuantizerConfig,
     "qinco": QINCoConfig,
     "qinco2": QINCo2Config,
+    "unq": UNQConfig,
 }
 
 __all__ = [
     "HEADS",
+    "UNQ",
     "AdditiveCodebooks",
     "CoarseAdditiveCodebooks",
     "CoarseProductCodebooks",
@@ -61,6 +64,7 @@ __all__ = [
     "QuantizerFit",
     "ResidualQuantizer",
     "ResidualQuantizerConfig",
+    "UNQConfig",
     "pack_codes",
     "pack_list_numbers",
     "unpack_codes",

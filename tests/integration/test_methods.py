@@ -38,6 +38,7 @@ from retriever.heads import (
     QINCo2Config,
     QINCoConfig,
     ResidualQuantizerConfig,
+    UNQConfig,
 )
 from training import Experiment, Trainer, TrainingReport
 from training.experiment import (
@@ -167,6 +168,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "rq": {"head": ResidualQuantizerConfig(**SIZE, distortion_weight=1.0, distortion_steps="all")},
     "ivfrq": {"head": IVFResidualQuantizerConfig(**SIZE, num_lists=5, estimator="softmax")},
+    "unq": {"head": UNQConfig(**SIZE, hidden=32, code_dim=8, start_steps=20, start_batch=32)},
 }
 
 
