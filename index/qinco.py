@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from index._faiss import load_faiss
-from index.builders.base import FaissIndex, faiss_metric, set_vector
+from index.builders.base import FaissIndex, set_vector
 from retriever.errors import InputError
 from retriever.heads import QINCo
 
@@ -48,7 +48,8 @@ def qinco_index(head: QINCo, codes: UInt8[NDArray[np.uint8], "N size"] | None = 
         )
     faiss = load_faiss()
     sizes = (head.dim, config.num_codebooks, config.codebook_bits, config.num_blocks, config.hidden)
-    built = faiss.IndexQINCo(*sizes, faiss_metric(head.export()))
+    metric = faiss.METRIC_INNER_PRODUCT if head.metric == "inner_product" else faiss.METRIC_L2
+    built = faiss.IndexQINCo(*sizes, metric)
     scale = head.scale.cpu()
     words = head.codebooks.cpu() * scale
     _set_codebook(built.qinco.codebook0, words[0])

@@ -34,7 +34,6 @@ from retriever.heads.codebooks import Codebooks
 from retriever.heads.lists import check_list_sample, pack_listed, unpack_listed
 from retriever.heads.residual import beam_search
 from retriever.heads.step_network import StepNetwork
-from retriever.heads.step_search import SearchStep, search_codes
 from retriever.scores import Metric
 
 if TYPE_CHECKING:
@@ -305,15 +304,22 @@ class NeuralQuantizer(CompressionHead):
     @torch.no_grad()
     def _encode(self, z: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
         """Return the codes of standardized vectors."""
-        steps, beam = self._search_steps()
         if self.centroids is None:
-            return search_codes(z, torch.zeros_like(z), steps, beam)
+            return self._choose(z, torch.zeros_like(z[:1]), torch.zeros_like(z[:, 0], dtype=torch.int64))
         lists = beam_search(z, self.centroids[None], 1)
-        return torch.cat([lists, search_codes(z, self.centroids[lists[:, 0]], steps, beam)], 1)
+        return torch.cat([lists, self._choose(z, self.centroids, lists[:, 0])], 1)
 
     @abstractmethod
-    def _search_steps(self) -> tuple[list[SearchStep], int]:
-        """Return the steps as the encoder sees them, and the width of its beam."""
+    def _choose(
+        self, z: Float[Tensor, "N D"], starts: Float[Tensor, "J D"], lists: Int[Tensor, " N"]
+    ) -> Int[Tensor, "N M"]:
+        """Return the codes of standardized vectors, without list numbers.
+
+        Args:
+            z: Vectors.
+            starts: Reconstructions before the first step.
+            lists: Which of these is a vector's.
+        """
 
     @abstractmethod
     def _standardization(self, sample: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:

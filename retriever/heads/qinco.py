@@ -16,12 +16,12 @@ from torch import Tensor
 
 from retriever.errors import InputError
 from retriever.heads.checks import check_choices
+from retriever.heads.greedy_search import GreedyStep, greedy_codes
 from retriever.heads.neural import NeuralQuantizer, NeuralQuantizerConfig
 from retriever.heads.step_network import NetworkStart, StepNetwork
-from retriever.heads.step_search import ExhaustiveStep, PlainStep, SearchStep
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 __all__ = ["QINCo", "QINCoConfig"]
 
@@ -83,13 +83,12 @@ class QINCo(NeuralQuantizer):
         """The configuration that built this head."""
         return self._config
 
-    def _search_steps(self) -> tuple[list[SearchStep], int]:
-        """Return steps that try all codewords."""
-        steps: list[SearchStep] = []
-        for number, words in enumerate(self.codebooks):
-            network = self.network(number)
-            steps.append(PlainStep(words) if network is None else ExhaustiveStep(words, network))
-        return steps, 1
+    def _choose(
+        self, z: Float[Tensor, "N D"], starts: Float[Tensor, "J D"], lists: Int[Tensor, " N"]
+    ) -> Int[Tensor, "N M"]:
+        """Return the best of all codewords of every step."""
+        steps = [GreedyStep(words, self.network(place)) for place, words in enumerate(self.codebooks)]
+        return greedy_codes(z, starts, lists, steps)
 
     def _standardization(self, sample: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:
         """Return no offset, and the largest absolute component."""

@@ -20,7 +20,7 @@ from retriever.heads.checks import check_choices, check_not_negative
 from retriever.heads.estimators import select
 from retriever.heads.neural import NeuralQuantizer, NeuralQuantizerConfig
 from retriever.heads.step_network import StepNetwork
-from retriever.heads.step_search import CandidateStep, PlainStep, SearchStep
+from retriever.heads.step_search import CandidateStep, PlainStep, SearchStep, search_codes
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -116,8 +116,10 @@ class QINCo2(NeuralQuantizer):
         """The configuration that built this head."""
         return self._config
 
-    def _search_steps(self) -> tuple[list[SearchStep], int]:
-        """Return steps that look at A candidates, and B: those of training, or those of evaluation."""
+    def _choose(
+        self, z: Float[Tensor, "N D"], starts: Float[Tensor, "J D"], lists: Int[Tensor, " N"]
+    ) -> Int[Tensor, "N M"]:
+        """Return what a beam search with the widths of training, or of evaluation, finds."""
         config = self._config
         candidates, beam = config.candidates, config.beam
         if not self.training:
@@ -132,7 +134,7 @@ class QINCo2(NeuralQuantizer):
                 enough = candidates if steps else max(candidates, beam)
                 shortlist = self.shortlists[number - len(self.codebooks)]
                 steps.append(CandidateStep(words, network, shortlist, enough))
-        return steps, beam
+        return search_codes(z, starts[lists], steps, beam)
 
     def _standardization(self, sample: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:
         """Return the mean vector, and one standard deviation of all components around it."""

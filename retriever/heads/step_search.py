@@ -1,4 +1,4 @@
-"""Which codewords a neural residual quantizer chooses: all are tried (QINCo), or a short list in a beam (QINCo2).
+"""The encoder of QINCo2: in every step a short list of candidates, extending the hypotheses of a beam.
 
 What a network makes of a codeword depends on the vector through the reconstruction so far alone, and that through a
 linear half (see `step_network`). So the codewords' halves are computed once a call, the vectors' once a vector, and
@@ -23,7 +23,7 @@ from retriever.heads.step_network import StepNetwork
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["CandidateStep", "ExhaustiveStep", "PlainStep", "SearchStep", "search_codes"]
+__all__ = ["CandidateStep", "PlainStep", "SearchStep", "search_codes"]
 
 PAIRS = 2048  # pairs of vector and codeword at once: their hidden units stay in the caches of a CPU
 
@@ -120,32 +120,6 @@ class CandidateStep:
         for block in others:
             u = u.add_(block.down(F.relu_(block.up(u))))
         return self.network.leave(self.codewords[candidates], u)
-
-
-class ExhaustiveStep:
-    """Codewords that a network adapts to a single hypothesis, of which all are tried.
-
-    Args:
-        codewords: Those of the step, (K, D).
-        network: The step's network.
-    """
-
-    def __init__(self, codewords: Float[Tensor, "K D"], network: StepNetwork) -> None:
-        self.codewords = codewords
-        self.network = network
-        self.table = network.table(codewords)
-        self.pairs = len(codewords)
-
-    def extend(self, residual: Float[Tensor, "N 1 D"], sums: Float[Tensor, "N 1 D"], kept: int) -> Extended:
-        """Return the best extension; see `SearchStep`."""
-        half = self.network.context_half(sums)  # (N, 1, E)
-        first, *others = self.network.residual_blocks
-        hidden = F.relu_(self.table.hidden + first.up(half))  # (N, K, H)
-        u = (self.table.base + half).add_(first.down(hidden))
-        for block in others:
-            u = u.add_(block.down(F.relu_(block.up(u))))
-        codes = (residual - u).square().sum(-1).argmin(1, keepdim=True)
-        return Extended(torch.zeros_like(codes), codes, gather_rows(u, codes))
 
 
 @torch.no_grad()

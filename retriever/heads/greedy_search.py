@@ -1,0 +1,210 @@
+"""The greedy encoder of a neural residual quantizer: the best of all codewords of every step, without most of the work.
+
+The plain form evaluates f(c, context) for all N K pairs of vector and codeword, the concatenation and all. The codes
+here are the same:
+
+- Vectors whose codes are equal so far have one context, so their pairs are evaluated once. Behind the first step there
+  are K contexts at most.
+- The concatenation and the first U are linear: a part of the codeword, computed once a call, and a part of the context.
+- Where it is less work, U_l V_j are multiplied once, and a block's hidden units are computed from those before it.
+- The last V is applied to pairs only that can win. With u = known + sum_l V_l a_l, both r . u and the projection of u
+  on a few directions Q cost a few numbers a hidden unit, and ||r - u||^2 >= ||r||^2 - 2 r . u + ||Q^T u||^2. A pair
+  is out where that is above the distance of the most promising pair.
+
+Shapes: N vectors, D dimensions, K codewords, H hidden units, G contexts, R rows worked on at once, P = R K pairs,
+Q directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from retriever.heads.residual import squared_distances
+from retriever.heads.step_network import StepNetwork
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+
+__all__ = ["GreedyStep", "greedy_codes"]
+
+BLOCK = 16_384  # vectors that share contexts, to bound memory
+PAIRS = 2048  # pairs at once: their hidden units stay in the caches of a CPU
+DIRECTIONS = 15  # with r, a product of 16 columns
+ROUNDING = 1e-5  # of the squared lengths; a bound nearer than that to the best distance decides nothing
+
+
+class _Pairs(NamedTuple):
+    """f(c, context) of R contexts and all codewords, but for the last products: known + sum_l hidden_l downs_l."""
+
+    known: Float[Tensor, "P D"]
+    hidden: list[Float[Tensor, "P H"]]
+    downs: list[Float[Tensor, "H D"]]
+
+    def rows(self, chosen: Int[Tensor, " n"]) -> Float[Tensor, "n D"]:
+        """Return chosen pairs whole."""
+        u = self.known[chosen]
+        for units, down in zip(self.hidden, self.downs, strict=True):
+            u = u.addmm_(units[chosen], down)
+        return u
+
+    def whole(self) -> Float[Tensor, "P D"]:
+        """Return all pairs whole."""
+        for units, down in zip(self.hidden, self.downs, strict=True):
+            self.known.addmm_(units, down)
+        return self.known
+
+
+class GreedyStep:
+    """A step as the greedy encoder sees it.
+
+    Args:
+        codewords: Those of the step, (K, D).
+        network: The step's network, as wide as the vectors; None where codewords are added as they are.
+    """
+
+    def __init__(self, codewords: Float[Tensor, "K D"], network: StepNetwork | None) -> None:
+        self.codewords = codewords
+        self.network = network
+        if network is None:
+            return
+        assert network.project_out is None, "the bounds are those of a network as wide as the vectors"
+        blocks = network.residual_blocks
+        self.base = network.table(codewords).base
+        self.ups = [block.up.weight.T.contiguous() for block in blocks]  # (D, H)
+        self.downs = [block.down.weight.T.contiguous() for block in blocks]  # (H, D)
+        self.firsts = [self.base @ up for up in self.ups]  # (K, H)
+        dim, hidden = self.ups[0].shape
+        self.folded = len(blocks) * hidden <= 4 * dim  # L (L - 1) / 2 H^2 <= 2 (L - 1) D H
+        self.products = [[down @ up for down in self.downs[:place]] for place, up in enumerate(self.ups)]
+        self.directions = torch.linalg.svd(codewords, full_matrices=False).Vh[:DIRECTIONS].T  # (D, Q)
+
+    def added(self, codes: Int[Tensor, " G"], contexts: Float[Tensor, "G D"]) -> Float[Tensor, "G D"]:
+        """Return what the step adds to each context by its code."""
+        words = self.codewords[codes]
+        if self.network is None:
+            return words
+        parts = zip(words.split(PAIRS), contexts.split(PAIRS), strict=True)
+        return torch.cat([self.network(some, context) for some, context in parts])
+
+    def choose(
+        self, z: Float[Tensor, "N D"], contexts: Float[Tensor, "G D"], groups: Int[Tensor, " N"]
+    ) -> Int[Tensor, " N"]:
+        """Return the code of every vector.
+
+        Args:
+            z: Vectors.
+            contexts: Reconstructions so far, those of all vectors.
+            groups: Which one is a vector's.
+        """
+        residual = z - contexts[groups]
+        if self.network is None:
+            return squared_distances(residual[None], self.codewords)[0].argmin(1)
+        codes = torch.empty_like(groups)
+        rows = max(1, PAIRS // len(self.codewords))
+        order, sizes = groups.argsort(), groups.bincount(minlength=len(contexts))
+        single = sizes[groups[order]] == 1
+        for part in _parts(order[single], rows):
+            codes[part] = self._choose_alone(residual[part], contexts[groups[part]])
+        members = order[~single]
+        for part in _parts((sizes > 1).nonzero()[:, 0], rows):
+            several = sizes[part].tolist()
+            some, members = members[: sum(several)], members[sum(several) :]
+            codes[some] = self._choose_together(residual[some], contexts[part], several)
+        return codes
+
+    def _choose_together(
+        self, residual: Float[Tensor, "n D"], contexts: Float[Tensor, "R D"], sizes: Sequence[int]
+    ) -> Int[Tensor, " n"]:
+        """Return the codes of vectors in the order of their contexts, of which each has as many as `sizes` says."""
+        u = self._pairs(contexts).whole().view(len(contexts), len(self.codewords), -1)
+        parts = zip(residual.split(sizes), u, strict=True)
+        return torch.cat([squared_distances(some[None], words)[0].argmin(1) for some, words in parts])
+
+    def _choose_alone(
+        self, residual: Float[Tensor, "R D"], contexts: Float[Tensor, "R D"]
+    ) -> Int[Tensor, " R"]:
+        """Return the codes of vectors that share no context."""
+        count, size = len(residual), len(self.codewords)
+        pairs = self._pairs(contexts)
+        lower = self._bounds(residual, pairs)  # (R, K), of ||r - u||^2 - ||r||^2
+        first = torch.arange(count, device=residual.device) * size
+        guess = pairs.rows(first + lower.argmin(1))
+        squares = residual.square().sum(1)
+        upper = (residual - guess).square().sum(1) - squares + ROUNDING * (squares + guess.square().sum(1))
+        kept = (lower <= upper[:, None]).flatten().nonzero()[:, 0]
+        distances = torch.full_like(lower, float("inf")).flatten()
+        distances[kept] = (residual[kept // size] - pairs.rows(kept)).square_().sum(1)
+        return distances.view(count, size).argmin(1)
+
+    def _bounds(self, residual: Float[Tensor, "R D"], pairs: _Pairs) -> Float[Tensor, "R K"]:
+        """Return ||Q^T u||^2 - 2 r . u."""
+        count, dim = residual.shape
+        columns = torch.cat([residual[:, :, None], self.directions.expand(count, -1, -1)], 2)  # (R, D, 1 + Q)
+        scores = torch.bmm(pairs.known.view(count, -1, dim), columns)
+        for units, down in zip(pairs.hidden, pairs.downs, strict=True):
+            scores.baddbmm_(units.view(count, -1, units.shape[1]), down @ columns)
+        inner, leading = scores[:, :, 0], scores[:, :, 1:]
+        return leading.square().sum(-1).sub_(inner, alpha=2)
+
+    def _pairs(self, contexts: Float[Tensor, "R D"]) -> _Pairs:
+        """Evaluate the network on all codewords, all but its last products."""
+        assert self.network is not None, "a step without a network makes no pairs"
+        half = self.network.context_half(contexts)
+        known = (self.base + half[:, None]).flatten(0, 1)
+        hidden: list[Tensor] = []
+        for place, up in enumerate(self.ups):
+            if place and not self.folded:
+                known.addmm_(hidden.pop(), self.downs[place - 1])
+                units = known @ up
+            else:
+                units = (self.firsts[place] + (half @ up)[:, None]).flatten(0, 1)
+                for before, product in zip(hidden, self.products[place], strict=True):
+                    units.addmm_(before, product)
+            hidden.append(units.relu_())
+        return _Pairs(known, hidden, self.downs[-len(hidden) :])
+
+
+def _parts(rows: Int[Tensor, " n"], size: int) -> Sequence[Int[Tensor, " R"]]:
+    """Return rows in parts of a size; no part where there is no row."""
+    return rows.split(size) if len(rows) else ()
+
+
+@torch.no_grad()
+def greedy_codes(
+    z: Float[Tensor, "N D"],
+    contexts: Float[Tensor, "G D"],
+    groups: Int[Tensor, " N"],
+    steps: Sequence[GreedyStep],
+) -> Int[Tensor, "N M"]:
+    """Return codes of which each is the best of its step.
+
+    Args:
+        z: Vectors.
+        contexts: What there is before the first step.
+        groups: Which of these is a vector's.
+        steps: The steps in their order.
+    """
+    parts = zip(z.split(BLOCK), groups.split(BLOCK), strict=True)
+    found = [_encode_block(part, contexts, some, steps) for part, some in parts]
+    return torch.cat(found) if found else groups.new_empty(0, len(steps))
+
+
+def _encode_block(
+    z: Float[Tensor, "N D"],
+    contexts: Float[Tensor, "G D"],
+    groups: Int[Tensor, " N"],
+    steps: Sequence[GreedyStep],
+) -> Int[Tensor, "N M"]:
+    used, groups = groups.unique(return_inverse=True)
+    contexts, codes = contexts[used], []
+    for step in steps:
+        chosen = step.choose(z, contexts, groups)
+        codes.append(chosen)
+        keys, groups = (groups * len(step.codewords) + chosen).unique(return_inverse=True)
+        parents = contexts[keys // len(step.codewords)]
+        contexts = parents + step.added(keys % len(step.codewords), parents)
+    return torch.stack(codes, 1)
