@@ -18,7 +18,7 @@ from retriever.heads.selection import SELECTIONS, SelectionName
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["AssignmentName", "Balance", "Codebooks"]
+__all__ = ["AssignmentName", "Balance", "Codebooks", "add_use", "use_is_full", "use_statistics"]
 
 AssignmentName = Literal["live", "frozen", "frozen_in_training"]
 """By which codewords codes are chosen: the current ones, or a copy of the starting ones, always or until training
@@ -147,23 +147,18 @@ class Codebooks(nn.Module):
     @torch.no_grad()
     def count(self, codes: Int[Tensor, "N M"]) -> None:
         """Add codes to the usage counts of the current window."""
-        self.usage.scatter_add_(1, codes.T, torch.ones_like(codes.T))
+        add_use(self.usage, codes)
 
     def usage_statistics(self) -> dict[str, float]:
         """Return perplexity (exp of the entropy of use, 1 to K) and the share of codewords unused in the window.
 
         Empty while the window holds fewer documents than a codebook has codewords.
         """
-        if int(self.usage[0].sum()) < self.usage.shape[1]:
-            return {}
-        share = self.usage.double() / self.usage.sum(1, keepdim=True).clamp(min=1)
-        entropy = -(share * share.clamp(min=1e-12).log()).sum(1)  # (M,)
-        dead = (self.usage == 0).double().mean()
-        return {"perplexity": entropy.exp().mean().item(), "dead_codes": dead.item()}
+        return use_statistics(self.usage)
 
     def window_is_full(self, window: float) -> bool:
         """Return whether the window holds so many documents a codeword, on average."""
-        return int(self.usage[0].sum()) >= window * self.usage.shape[1]
+        return use_is_full(self.usage, window)
 
     @torch.no_grad()
     def restart_dead_codes(
@@ -189,3 +184,23 @@ class Codebooks(nn.Module):
         self.codewords.copy_(torch.where(dead.unsqueeze(-1), replacement, self.codewords))
         self.usage.zero_()
         return {self.codewords: dead} if bool(dead.any()) else {}
+
+
+def add_use(usage: Int[Tensor, "M K"], codes: Int[Tensor, "N M"]) -> None:
+    """Add codes to counts of use, in place."""
+    usage.scatter_add_(1, codes.T, torch.ones_like(codes.T))
+
+
+def use_is_full(usage: Int[Tensor, "M K"], window: float) -> bool:
+    """Return whether counts of use hold so many documents a codeword, on average."""
+    return int(usage[0].sum()) >= window * usage.shape[1]
+
+
+def use_statistics(usage: Int[Tensor, "M K"]) -> dict[str, float]:
+    """Return perplexity and share of unused codewords; empty for fewer documents than codewords."""
+    if not use_is_full(usage, 1):
+        return {}
+    share = usage.double() / usage.sum(1, keepdim=True).clamp(min=1)
+    entropy = -(share * share.clamp(min=1e-12).log()).sum(1)  # (M,)
+    dead = (usage == 0).double().mean()
+    return {"perplexity": entropy.exp().mean().item(), "dead_codes": dead.item()}

@@ -23,8 +23,9 @@ from retriever.heads.base import (
     QuantizerFit,
     list_number_size,
 )
+from retriever.heads.cells import Cells, build_coarse
 from retriever.heads.codebooks import AssignmentName, Codebooks
-from retriever.heads.lists import check_list_sample, check_lists, pack_listed, unpack_listed
+from retriever.heads.lists import ListStructure, check_list_sample, check_lists, pack_listed, unpack_listed
 from retriever.heads.pq import ProductQuantizerConfig, auxiliary_losses
 from retriever.transforms import ROTATIONS
 
@@ -44,6 +45,8 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
         num_lists: J, inverted lists; FAISS's rule of thumb is 4 to 16 times the square root of the documents.
         list_assignment: A document's list is that of the nearest current centroid ("live", Poeem), or of the nearest
             starting centroid for ever ("frozen", Distill-VQ) or in training ("frozen_in_training", LibVQ's export).
+        list_structure: Every centroid is a vector of its own ("free"), or a sum S_i + alpha_ij T_j of two codebooks
+            ("gno_imi", GNO-IMI; "no_imi" with alpha = 1), which makes K squared lists of 2 K vectors.
         residual_start: Fit the codebooks to residuals; false fits them to whole vectors, as Poeem released.
     """
 
@@ -51,11 +54,12 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
 
     num_lists: int = 256
     list_assignment: AssignmentName = "live"
+    list_structure: ListStructure = "free"
     residual_start: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_lists(self.num_lists, self.list_assignment)
+        check_lists(self.num_lists, self.list_assignment, self.list_structure)
         if self.list_assignment != "live" and ROTATIONS[self.rotation].learned:
             raise InputError(
                 f"list_assignment {self.list_assignment!r} keeps lists only behind a fixed rotation, got "
@@ -70,7 +74,7 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
     def check_sample(self, documents: int) -> None:
         """Raise InputError if the warm start would have fewer documents than lists or codewords."""
         super().check_sample(documents)
-        check_list_sample(documents, self.num_lists)
+        check_list_sample(documents, self.num_lists, self.list_structure)
 
     def build(self, dim: int) -> IVFProductQuantizer:  # type: ignore[override]
         """Return the head for vectors of `dim` dimensions."""
@@ -98,13 +102,12 @@ class IVFProductQuantizer(CompressionHead):
         )
         self._config = config
         self.rotate = ROTATIONS[config.rotation](dim)
-        self.coarse = Codebooks(
-            1,
+        self.coarse = build_coarse(
             config.num_lists,
             dim,
-            # the softmax path over lists is not published; a centroid gets the direct gradient
-            estimator="identity" if config.estimator == "identity" else "codeword",
+            estimator=config.estimator,
             assignment=config.list_assignment,
+            structure=config.list_structure,
         )
         self.fine = config.build_codebooks(dim)
 
@@ -200,16 +203,20 @@ class IVFProductQuantizer(CompressionHead):
         if self._config.start == "uniform":
             return
         self._config.check_sample(len(sample))
-        rotation, centroids, codebooks = fit.coarse_product_codebooks(
-            sample.float().cpu(),
-            num_lists=self._config.num_lists,
-            num_codebooks=self._config.num_codebooks,
-            codebook_bits=self.code_bits,
-            rotate=self._config.rotation != "none",
-            on_residuals=self._config.residual_start,
-            seed=seed,
-        )
-        self.coarse.start(centroids[None])
+        sample = sample.float().cpu()
+        if isinstance(self.coarse, Cells):
+            rotation, codebooks = self._fit_cells(self.coarse, sample, fit, seed)
+        else:
+            rotation, centroids, codebooks = fit.coarse_product_codebooks(
+                sample,
+                num_lists=self._config.num_lists,
+                num_codebooks=self._config.num_codebooks,
+                codebook_bits=self.code_bits,
+                rotate=self._config.rotation != "none",
+                on_residuals=self._config.residual_start,
+                seed=seed,
+            )
+            self.coarse.start(centroids[None])
         self.fine.start(codebooks)
         if rotation is not None:
             self.rotate.start(rotation)
@@ -245,10 +252,25 @@ class IVFProductQuantizer(CompressionHead):
             **self.fine.restart_dead_codes(self._split(residual), window, generator),
         }
 
+    def _fit_cells(
+        self, cells: Cells, sample: Float[Tensor, "n D"], fit: QuantizerFit, seed: int
+    ) -> tuple[Float[Tensor, "D D"] | None, Float[Tensor, "M K S"]]:
+        """Learn the cells behind the rotation; return rotation and codebooks of what they leave."""
+        size = {"num_codebooks": self._config.num_codebooks, "codebook_bits": self.code_bits, "seed": seed}
+        rotation, z = None, sample
+        if self._config.rotation != "none":
+            rotation, _ = fit.product_codebooks(sample, rotate=True, **size)
+            assert rotation is not None, "asked for"
+            z = sample @ rotation.T
+        rest = cells.fit(z, fit, seed)
+        _, codebooks = fit.product_codebooks(rest if self._config.residual_start else z, rotate=False, **size)
+        return rotation, codebooks
+
     def _start_residual(self, z: Float[Tensor, "N D"], lists: Int[Tensor, "N 1"]) -> Tensor | None:
         """Return the residuals to the starting centroids, by which frozen codes are chosen."""
         if self._config.assignment == "live":
             return None
+        assert isinstance(self.coarse, Codebooks), "cells are assigned live, and so are then the codes"
         return self._split(z - self.coarse.anchors[0, lists.squeeze(1)])
 
     def _split(self, z: Float[Tensor, "N D"]) -> Float[Tensor, "N M S"]:

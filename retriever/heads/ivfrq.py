@@ -19,8 +19,9 @@ from retriever.heads.base import (
     QuantizerFit,
     list_number_size,
 )
-from retriever.heads.codebooks import AssignmentName, Codebooks
-from retriever.heads.lists import check_list_sample, check_lists, pack_listed, unpack_listed
+from retriever.heads.cells import Cells, build_coarse
+from retriever.heads.codebooks import AssignmentName
+from retriever.heads.lists import ListStructure, check_list_sample, check_lists, pack_listed, unpack_listed
 from retriever.heads.residual import beam_search, residuals
 from retriever.heads.rq import ResidualQuantizerConfig, quantize, step_losses
 
@@ -40,21 +41,24 @@ class IVFResidualQuantizerConfig(ResidualQuantizerConfig):
         num_lists: J, inverted lists; FAISS's rule of thumb is 4 to 16 times the square root of the documents.
         list_assignment: A document's list is that of the nearest current centroid ("live"), or of the nearest
             starting centroid for ever ("frozen") or in training ("frozen_in_training").
+        list_structure: Every centroid is a vector of its own ("free"), or a sum S_i + alpha_ij T_j of two codebooks
+            ("gno_imi", GNO-IMI; "no_imi" with alpha = 1), which makes K squared lists of 2 K vectors.
     """
 
     name: ClassVar[str] = "ivfrq"
 
     num_lists: int = 256
     list_assignment: AssignmentName = "live"
+    list_structure: ListStructure = "free"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_lists(self.num_lists, self.list_assignment)
+        check_lists(self.num_lists, self.list_assignment, self.list_structure)
 
     def check_sample(self, documents: int) -> None:
         """Raise InputError if the warm start would have fewer documents than lists or codewords."""
         super().check_sample(documents)
-        check_list_sample(documents, self.num_lists)
+        check_list_sample(documents, self.num_lists, self.list_structure)
 
     def build(self, dim: int) -> IVFResidualQuantizer:  # type: ignore[override]
         """Return the head for vectors of `dim` dimensions."""
@@ -79,13 +83,12 @@ class IVFResidualQuantizer(CompressionHead):
             dim=dim, num_codes=1 + config.num_codebooks, code_bits=config.codebook_bits, metric=config.metric
         )
         self._config = config
-        self.coarse = Codebooks(
-            1,
+        self.coarse = build_coarse(
             config.num_lists,
             dim,
-            # as in `ivfpq`, a centroid gets the direct gradient
-            estimator="identity" if config.estimator == "identity" else "codeword",
+            estimator=config.estimator,
             assignment=config.list_assignment,
+            structure=config.list_structure,
         )
         self.fine = config.build_codebooks(dim)
 
@@ -165,15 +168,20 @@ class IVFResidualQuantizer(CompressionHead):
             InputError: If the sample has fewer vectors than lists, or than a codebook has codewords.
         """
         self._config.check_sample(len(sample))
-        centroids, codebooks = fit.coarse_additive_codebooks(
-            sample.float().cpu(),
-            num_lists=self._config.num_lists,
-            num_codebooks=self._config.num_codebooks,
-            codebook_bits=self.code_bits,
-            beam=self._config.beam,
-            seed=seed,
-        )
-        self.coarse.start(centroids[None])
+        sample = sample.float().cpu()
+        size = {
+            "num_codebooks": self._config.num_codebooks,
+            "codebook_bits": self.code_bits,
+            "beam": self._config.beam,
+            "seed": seed,
+        }
+        if isinstance(self.coarse, Cells):
+            codebooks = fit.additive_codebooks(self.coarse.fit(sample, fit, seed), **size)
+        else:
+            centroids, codebooks = fit.coarse_additive_codebooks(
+                sample, num_lists=self._config.num_lists, **size
+            )
+            self.coarse.start(centroids[None])
         self.fine.start(codebooks)
 
     def count(self, codes: Int[Tensor, "N 1+M"]) -> None:

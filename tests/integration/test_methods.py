@@ -168,6 +168,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "rq": {"head": ResidualQuantizerConfig(**SIZE, distortion_weight=1.0, distortion_steps="all")},
     "ivfrq": {"head": IVFResidualQuantizerConfig(**SIZE, num_lists=5, estimator="softmax")},
+    "gno-imi": {"head": replace(IVFPQ, num_lists=16, list_structure="gno_imi", distortion_weight=1.0)},
     "unq": {"head": UNQConfig(**SIZE, hidden=32, code_dim=8, start_steps=20, start_batch=32)},
 }
 

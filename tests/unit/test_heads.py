@@ -74,6 +74,7 @@ CONFIGS: dict[str, list[HeadConfig]] = {
             assignment="frozen_in_training",
             list_assignment="frozen",
         ),
+        IVFProductQuantizerConfig(num_lists=16, num_codebooks=4, codebook_bits=4, list_structure="gno_imi"),
     ],
     "rq": [
         ResidualQuantizerConfig(num_codebooks=5, codebook_bits=4, beam=3),
@@ -92,6 +93,7 @@ CONFIGS: dict[str, list[HeadConfig]] = {
         IVFResidualQuantizerConfig(
             num_lists=1, num_codebooks=2, codebook_bits=3, estimator="identity", list_assignment="frozen"
         ),
+        IVFResidualQuantizerConfig(num_lists=4, num_codebooks=2, codebook_bits=3, list_structure="no_imi"),
     ],
     "qinco": [
         QINCoConfig(num_codebooks=3, codebook_bits=4, hidden=16, commitment_weight=0.5),
