@@ -16,10 +16,10 @@ from torch import Tensor
 from index._faiss import load_faiss
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
     from numpy.typing import NDArray
 
-__all__ = ["FaissFit"]
+__all__ = ["FaissFit", "code_centroids"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,3 +159,26 @@ def _quieten(quantizer: object, seed: int) -> None:
     """Set the seed of a faiss.ProductQuantizer or ResidualQuantizer and silence its warning on small samples."""
     quantizer.cp.seed = seed  # type: ignore[attr-defined]
     quantizer.cp.min_points_per_centroid = 1  # type: ignore[attr-defined]
+
+
+def code_centroids(
+    centroids: Float[Tensor, "J D"],
+    weights: Float[Tensor, " J"],
+    *,
+    steps: int,
+    codewords: int,
+    seed: int = 0,
+) -> Int[Tensor, "J C"]:
+    """Return codes of centroids: k-means of them, then of what each step leaves, with weights (QINCo2).
+
+    FAISS's residual quantizer takes no weights, and at least as many vectors as dimensions.
+    """
+    faiss = load_faiss()
+    rest = np.ascontiguousarray(centroids.numpy(), dtype=np.float32)
+    found = []
+    for step in range(steps):
+        kmeans = faiss.Kmeans(rest.shape[1], codewords, niter=50, seed=seed + step, min_points_per_centroid=1)
+        kmeans.train(rest, weights=np.ascontiguousarray(weights.numpy(), dtype=np.float32))
+        found.append(kmeans.index.search(rest, 1)[1][:, 0])
+        rest = rest - kmeans.centroids[found[-1]]
+    return torch.from_numpy(np.stack(found, 1))

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from index.clustering import code_centroids
 from retriever.heads import CompressionHead, NeuralCodec
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = [
 ROWS = 4096  # documents that the network decodes at once
 RIDGE = 1e-3  # documents that pull a codeword to the mean; solves what the codes leave undetermined
 CHOICE = 65_536  # documents by which the pairs are chosen
+LIST_CODES = 5  # of a centroid, where there are more lists than values of a code (QINCo2)
 HALF = float(torch.finfo(torch.float16).max)
 
 
@@ -61,15 +63,18 @@ def fit_decoders(
     targets = torch.cat(list(decode_rows(head, codes, chosen)))
     if export.centroids is not None:
         targets -= export.centroids[numbers[:, 0]]
-        numbers = numbers[:, 1:]
+    own = numbers if export.centroids is None else numbers[:, 1:]
+    export = replace(export, additive=fit_additive(own, targets, 2**export.code_bits))
     count = default_pairs(export, len(codes)) if pairs is None else pairs
-    export = replace(export, additive=fit_additive(numbers, targets, 2**export.code_bits))
     if not count:
         return export
-    targets -= _sum_codewords(export, numbers)
+    if export.centroids is not None:
+        export = replace(export, list_codes=_code_lists(export, numbers[:, 0]))
+    targets -= _sum_codewords(export, own)
+    seen = _paired_codes(export, numbers)
     # the documents themselves are searched: where all are fitted there is nothing to generalize to
     smoothing = 0.0 if len(chosen) == len(codes) else None
-    found, tables = fit_pairs(numbers, targets, 2**export.code_bits, pairs=count, smoothing=smoothing)
+    found, tables = fit_pairs(seen, targets, 2**export.code_bits, pairs=count, smoothing=smoothing)
     return replace(export, pairs=found, tables=tables)
 
 
@@ -243,9 +248,27 @@ def decode_linear(export: NeuralCodec, codes: Int[Tensor, "n M"], *, pairwise: b
     if export.centroids is not None:
         found += export.centroids[codes[:, 0]]
     if pairwise and export.pairs is not None and export.tables is not None:
+        seen = _paired_codes(export, codes)
         for (first, second), table in zip(export.pairs.tolist(), export.tables, strict=True):
-            found += table[numbers[:, first] * 2**export.code_bits + numbers[:, second]]
+            found += table[seen[:, first] * 2**export.code_bits + seen[:, second]]
     return found
+
+
+def _code_lists(export: NeuralCodec, lists: Int[Tensor, " n"]) -> Int[Tensor, "J C"]:
+    """Return the numbers of the lists or, where there are more than K, codes of their centroids, as QINCo2 does."""
+    assert export.centroids is not None, "called for a head with lists"
+    count, codewords = len(export.centroids), 2**export.code_bits
+    if count <= codewords:
+        return torch.arange(count)[:, None]
+    documents = torch.bincount(lists, minlength=count).clamp_min(1).float()
+    return code_centroids(export.centroids, documents, steps=LIST_CODES, codewords=codewords)
+
+
+def _paired_codes(export: NeuralCodec, codes: Int[Tensor, "n M"]) -> Int[Tensor, "n S"]:
+    """Return the codes that pairs are made of: a document's, then its list's."""
+    if export.list_codes is None:
+        return codes if export.centroids is None else codes[:, 1:]
+    return torch.hstack([codes[:, 1:], export.list_codes[codes[:, 0]]])
 
 
 def _sum_codewords(export: NeuralCodec, codes: Int[Tensor, "n M"]) -> Float[Tensor, "n D"]:
@@ -257,11 +280,17 @@ def _sum_codewords(export: NeuralCodec, codes: Int[Tensor, "n M"]) -> Float[Tens
 
 def save_decoders(path: Path, export: NeuralCodec) -> None:
     """Write the linear decoders as safetensors."""
-    found = {name: getattr(export, name) for name in ("additive", "pairs", "tables")}
+    found = {name: getattr(export, name) for name in ("additive", "list_codes", "pairs", "tables")}
     save_file({name: value.contiguous() for name, value in found.items() if value is not None}, path)
 
 
 def load_decoders(path: Path, export: NeuralCodec) -> NeuralCodec:
     """Return an export with the decoders in a file."""
     found = load_file(path)
-    return replace(export, additive=found["additive"], pairs=found.get("pairs"), tables=found.get("tables"))
+    return replace(
+        export,
+        additive=found["additive"],
+        list_codes=found.get("list_codes"),
+        pairs=found.get("pairs"),
+        tables=found.get("tables"),
+    )

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from index import Widths
 from retriever import InputError, Precision
 
 __all__ = ["ServeConfig"]
 
+AS_EXPORTED = Widths()
 AT_LEAST_ONE = ("max_batch", "max_queue", "max_k", "max_queries", "max_query_length", "max_ids", "max_body")
 
 
@@ -33,6 +35,7 @@ class ServeConfig:
         max_ids: Most document ids of a filter.
         max_body: Most bytes of a request.
         nprobe: Inverted lists of `index` probed unless a request says otherwise; by default the index's own.
+        cascade: Documents that the stages of `index` pass on; by default as many as the index says.
         precision: Arithmetic of the query tower.
         device: torch device of the query tower.
         verify: Compare the checksum of every file before an index answers, not only of small ones.
@@ -54,6 +57,7 @@ class ServeConfig:
     max_ids: int = 10_000
     max_body: int = 1 << 20
     nprobe: int | None = None
+    cascade: Widths = AS_EXPORTED
     precision: Precision = "fp32"
     device: str = "cpu"
     verify: bool = True

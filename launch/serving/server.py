@@ -13,6 +13,7 @@ from threading import Event, Thread
 import uvicorn
 from fastapi import FastAPI
 
+from index import Widths
 from launch.serving.api import create_app
 from launch.serving.config import ServeConfig
 from launch.serving.metrics import Metrics
@@ -39,7 +40,7 @@ class Server:
         self.main = SearchService("main", Path(config.index), config, metrics)
         self.services = [self.main]
         if config.compare is not None:
-            second = replace(config, nprobe=None)  # of the first index, which has other lists
+            second = replace(config, nprobe=None, cascade=Widths())  # of the first index
             self.services.append(SearchService("compare", Path(config.compare), second, metrics))
         for service in self.services:
             read_manifest(service.live.folder, "index")  # a mistake is told before anything starts

@@ -81,8 +81,9 @@ class SearchService:
         return self.batcher.submit(job, job.size)
 
     def _load(self, folder: Path) -> Searcher:
-        return Searcher(folder, nprobe=self._config.nprobe, verify=self._config.verify).to(
-            self._config.device
+        config = self._config
+        return Searcher(folder, nprobe=config.nprobe, widths=config.cascade, verify=config.verify).to(
+            config.device
         )
 
     def _answer(self, jobs: list[SearchJob]) -> list[Answer | Exception]:

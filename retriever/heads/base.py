@@ -168,6 +168,7 @@ class NeuralCodec(FaissExport):
             the decoded vectors; None where there are no lists.
         additive: Codebooks whose sums, plus the centroid where there are lists, come nearest to the decoded vectors,
             (M, K, D) float32.
+        list_codes: Codes of each list's centroid, which pairs count behind a document's own, (J, C).
         pairs: Pairs of codes that have a table, (P, 2).
         tables: What each pair of values adds to that sum, (P, K K, D) float16.
     """
@@ -177,6 +178,7 @@ class NeuralCodec(FaissExport):
     code_bits: int
     centroids: Float[Tensor, "J D"] | None = None
     additive: Float[Tensor, "M K D"] | None = None
+    list_codes: Int[Tensor, "J C"] | None = None
     pairs: Int[Tensor, "P 2"] | None = None
     tables: Float[Tensor, "P KK D"] | None = None
 
