@@ -18,21 +18,18 @@ from torch import Tensor, nn
 from retriever.errors import InputError
 from retriever.heads.base import (
     CoarseProductCodebooks,
-    CompressionHead,
     HeadOutput,
     QuantizerFit,
-    list_number_size,
 )
 from retriever.heads.cells import Cells, build_coarse
 from retriever.heads.codebooks import AssignmentName, Codebooks
-from retriever.heads.lists import ListStructure, check_list_sample, check_lists, pack_listed, unpack_listed
+from retriever.heads.listed import InvertedListHead
+from retriever.heads.lists import ListStructure, check_list_sample, check_lists
 from retriever.heads.pq import ProductQuantizerConfig, auxiliary_losses
 from retriever.transforms import ROTATIONS
 
 if TYPE_CHECKING:
-    import numpy as np
-    from jaxtyping import Bool, Float, Int, UInt8
-    from numpy.typing import NDArray
+    from jaxtyping import Bool, Float, Int
 
 __all__ = ["IVFProductQuantizer", "IVFProductQuantizerConfig"]
 
@@ -81,7 +78,7 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
         return IVFProductQuantizer(self, dim)
 
 
-class IVFProductQuantizer(CompressionHead):
+class IVFProductQuantizer(InvertedListHead):
     """Coarse centroid plus product-quantized residual.
 
     T(x) = (v_a + concat_m c_m) A with z = A x, a = argmin_j ||z - v_j||^2, and c_m the codeword of (z - v_a)_m.
@@ -98,7 +95,11 @@ class IVFProductQuantizer(CompressionHead):
     def __init__(self, config: IVFProductQuantizerConfig, dim: int) -> None:
         config.check(dim)
         super().__init__(
-            dim=dim, num_codes=1 + config.num_codebooks, code_bits=config.codebook_bits, metric=config.metric
+            dim=dim,
+            num_lists=config.num_lists,
+            num_codebooks=config.num_codebooks,
+            code_bits=config.codebook_bits,
+            metric=config.metric,
         )
         self._config = config
         self.rotate = ROTATIONS[config.rotation](dim)
@@ -120,21 +121,6 @@ class IVFProductQuantizer(CompressionHead):
     def rotation(self) -> Float[Tensor, "D D"]:
         """Matrix A of z = A x."""
         return self.rotate.matrix
-
-    @property
-    def centroids(self) -> Float[Tensor, "J D"]:
-        """Coarse centroids, in the rotated space."""
-        return self.coarse.codewords[0]
-
-    @property
-    def list_bytes(self) -> int:
-        """Bytes of a list number, as `IndexIVF` counts them."""
-        return list_number_size(self._config.num_lists)
-
-    @property
-    def code_size(self) -> int:
-        """Bytes of a packed row: list number and code. In FAISS the list number is implied by the list."""
-        return self.list_bytes + (self._config.num_codebooks * self.code_bits + 7) // 8
 
     def forward(self, x: Float[Tensor, "N D"]) -> HeadOutput:
         """Quantize with the configured gradient estimator, in float32 whatever the autocast."""
@@ -174,14 +160,6 @@ class IVFProductQuantizer(CompressionHead):
         """Return centroid plus codewords, rotated back."""
         centroid = self.coarse.select(codes[:, :1]).squeeze(1)
         return (centroid + self.fine.select(codes[:, 1:]).flatten(1)) @ self.rotation
-
-    def pack(self, codes: Int[Tensor, "N 1+M"]) -> NDArray[np.uint8]:
-        """Pack as `IndexIVF.add_sa_codes` takes rows: list number (little-endian), then the code."""
-        return pack_listed(codes, self._config.num_lists, self.code_bits)
-
-    def unpack(self, packed: UInt8[NDArray[np.uint8], "N size"]) -> Int[Tensor, "N 1+M"]:
-        """Invert `pack`."""
-        return unpack_listed(packed, self._config.num_lists, self._config.num_codebooks, self.code_bits)
 
     def export(self) -> CoarseProductCodebooks:
         """Return centroids, codebooks and rotation on the CPU."""
@@ -228,16 +206,6 @@ class IVFProductQuantizer(CompressionHead):
     def descend(self, factor: float, generator: torch.Generator) -> None:
         """Turn a Givens rotation."""
         self.rotate.descend(factor * self._config.rotation_lr, generator)
-
-    def count(self, codes: Int[Tensor, "N 1+M"]) -> None:
-        """Add codes to the usage counts of the current window."""
-        self.coarse.count(codes[:, :1])
-        self.fine.count(codes[:, 1:])
-
-    def usage_statistics(self) -> dict[str, float]:
-        """Return perplexity and share of unused entries in the window, of codewords and (`list_...`) of lists."""
-        lists = {f"list_{name}": value for name, value in self.coarse.usage_statistics().items()}
-        return {**self.fine.usage_statistics(), **lists}
 
     @torch.no_grad()
     def restart_dead_codes(

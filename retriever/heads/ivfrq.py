@@ -14,21 +14,18 @@ from torch import Tensor, nn
 
 from retriever.heads.base import (
     CoarseAdditiveCodebooks,
-    CompressionHead,
     HeadOutput,
     QuantizerFit,
-    list_number_size,
 )
 from retriever.heads.cells import Cells, build_coarse
 from retriever.heads.codebooks import AssignmentName
-from retriever.heads.lists import ListStructure, check_list_sample, check_lists, pack_listed, unpack_listed
+from retriever.heads.listed import InvertedListHead
+from retriever.heads.lists import ListStructure, check_list_sample, check_lists
 from retriever.heads.residual import beam_search, residuals
 from retriever.heads.rq import ResidualQuantizerConfig, quantize, step_losses
 
 if TYPE_CHECKING:
-    import numpy as np
-    from jaxtyping import Bool, Float, Int, UInt8
-    from numpy.typing import NDArray
+    from jaxtyping import Bool, Float, Int
 
 __all__ = ["IVFResidualQuantizer", "IVFResidualQuantizerConfig"]
 
@@ -65,7 +62,7 @@ class IVFResidualQuantizerConfig(ResidualQuantizerConfig):
         return IVFResidualQuantizer(self, dim)
 
 
-class IVFResidualQuantizer(CompressionHead):
+class IVFResidualQuantizer(InvertedListHead):
     """Coarse centroid plus residual-quantized residual.
 
     T(x) = v_a + sum_m c_m with a = argmin_j ||x - v_j||^2 and c the codewords of x - v_a.
@@ -80,7 +77,11 @@ class IVFResidualQuantizer(CompressionHead):
     def __init__(self, config: IVFResidualQuantizerConfig, dim: int) -> None:
         config.check(dim)
         super().__init__(
-            dim=dim, num_codes=1 + config.num_codebooks, code_bits=config.codebook_bits, metric=config.metric
+            dim=dim,
+            num_lists=config.num_lists,
+            num_codebooks=config.num_codebooks,
+            code_bits=config.codebook_bits,
+            metric=config.metric,
         )
         self._config = config
         self.coarse = build_coarse(
@@ -101,17 +102,6 @@ class IVFResidualQuantizer(CompressionHead):
     def codebooks(self) -> nn.Parameter:
         """Codewords of the residuals, (M, K, D)."""
         return self.fine.codewords
-
-    @property
-    def centroids(self) -> Float[Tensor, "J D"]:
-        """Coarse centroids."""
-        return self.coarse.codewords[0]
-
-    @property
-    def code_size(self) -> int:
-        """Bytes of a packed row: list number and code. In FAISS the list number is implied by the list."""
-        code = (self._config.num_codebooks * self.code_bits + 7) // 8
-        return list_number_size(self._config.num_lists) + code
 
     def forward(self, x: Float[Tensor, "N D"]) -> HeadOutput:
         """Quantize with the configured gradient estimator, in float32 whatever the autocast."""
@@ -143,14 +133,6 @@ class IVFResidualQuantizer(CompressionHead):
     def decode(self, codes: Int[Tensor, "N 1+M"]) -> Float[Tensor, "N D"]:
         """Return centroid plus codewords."""
         return self.coarse.select(codes[:, :1]).squeeze(1) + self.fine.select(codes[:, 1:]).sum(1)
-
-    def pack(self, codes: Int[Tensor, "N 1+M"]) -> NDArray[np.uint8]:
-        """Pack as `IndexIVF.add_sa_codes` takes rows: list number (little-endian), then the code."""
-        return pack_listed(codes, self._config.num_lists, self.code_bits)
-
-    def unpack(self, packed: UInt8[NDArray[np.uint8], "N size"]) -> Int[Tensor, "N 1+M"]:
-        """Invert `pack`."""
-        return unpack_listed(packed, self._config.num_lists, self._config.num_codebooks, self.code_bits)
 
     def export(self) -> CoarseAdditiveCodebooks:
         """Return centroids and codebooks on the CPU."""
@@ -184,30 +166,18 @@ class IVFResidualQuantizer(CompressionHead):
             self.coarse.start(centroids[None])
         self.fine.start(codebooks)
 
-    def count(self, codes: Int[Tensor, "N 1+M"]) -> None:
-        """Add codes to the usage counts of the current window."""
-        self.coarse.count(codes[:, :1])
-        self.fine.count(codes[:, 1:])
-
-    def usage_statistics(self) -> dict[str, float]:
-        """Return perplexity and share of unused entries in the window, of codewords and (`list_...`) of lists."""
-        lists = {f"list_{name}": value for name, value in self.coarse.usage_statistics().items()}
-        return {**self.fine.usage_statistics(), **lists}
-
     @torch.no_grad()
     def restart_dead_codes(
         self, x: Float[Tensor, "N D"], generator: torch.Generator
     ) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
         """Restart unused centroids by vectors and unused codewords by residuals, each when its window is full."""
-        x = x.float()
-        _, residual = self._residual(x)
-        chosen = self.fine.select(beam_search(residual, self.codebooks, self._config.beam))
-        steps = residuals(residual, chosen, gradient_once=True)
-        window = self._config.restart_window
-        return {
-            **self.coarse.restart_dead_codes(x[:, None], window, generator),
-            **self.fine.restart_dead_codes(steps, window, generator),
-        }
+        x, window, masks = x.float(), self._config.restart_window, {}
+        if self.fine.window_is_full(window):  # otherwise the search would be for nothing
+            _, residual = self._residual(x)
+            chosen = self.fine.select(beam_search(residual, self.codebooks, self._config.beam))
+            steps = residuals(residual, chosen, gradient_once=True)
+            masks = self.fine.restart_dead_codes(steps, window, generator)
+        return {**self.coarse.restart_dead_codes(x[:, None], window, generator), **masks}
 
     def _residual(self, x: Float[Tensor, "N D"]) -> tuple[Int[Tensor, "N 1"], Float[Tensor, "N D"]]:
         """Return list numbers, and the residuals to the current centroids of those lists, which decode adds."""

@@ -197,9 +197,12 @@ class ResidualQuantizer(CompressionHead):
         self, x: Float[Tensor, "N D"], generator: torch.Generator
     ) -> dict[nn.Parameter, Bool[Tensor, "M K"]]:
         """Once the window is full, put a residual of its step in the place of every codeword it did not use."""
+        window = self._config.restart_window
+        if not self.fine.window_is_full(window):  # the search would be for nothing
+            return {}
         x = x.float()
         steps = residuals(x, self.fine.select(self.encode(x)), gradient_once=True)
-        return self.fine.restart_dead_codes(steps, self._config.restart_window, generator)
+        return self.fine.restart_dead_codes(steps, window, generator)
 
 
 def quantize(

@@ -239,9 +239,12 @@ class UNQ(CompressionHead):
         self, x: Float[Tensor, "N D"], generator: torch.Generator
     ) -> dict[nn.Parameter, Bool[Tensor, "M K"]]:
         """Once the window is full, put an encoded vector in the place of every codeword it did not use."""
+        window = self._config.restart_window
+        if not self.books.window_is_full(window):
+            return {}
         with inference(self.encoder):
             encoded = self._split(self.encoder((x.float() - self.offset) / self.scale))
-        return self.books.restart_dead_codes(encoded, self._config.restart_window, generator)
+        return self.books.restart_dead_codes(encoded, window, generator)
 
     def _split(self, encoded: Float[Tensor, "N MC"]) -> Float[Tensor, "N M C"]:
         return encoded.view(len(encoded), self.num_codes, -1)
