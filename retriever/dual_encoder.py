@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -399,9 +399,7 @@ def model_fingerprint(folder: Path) -> str:
 def save_head(head: CompressionHead, folder: Path) -> None:
     """Write `config.json` and `model.safetensors` of a head."""
     folder.mkdir(parents=True)
-    write_json(
-        folder / "config.json", {"head": head.config.name, "dim": head.dim, "config": asdict(head.config)}
-    )
+    write_json(folder / "config.json", {**_store_config(head.config), "dim": head.dim})
     state = {name: value.contiguous() for name, value in head.state_dict().items()}
     save_file(state, folder / "model.safetensors")
 
@@ -412,8 +410,8 @@ def load_head(folder: Path) -> CompressionHead:
     Raises:
         InputError: If this version of Endex has no such head.
     """
-    stored, kind = _read_config(folder)
-    head = kind(**stored["config"]).build(stored["dim"])
+    stored = read_json(folder / "config.json")
+    head = _restore_config(stored, folder).build(stored["dim"])
     head.load_state_dict(load_file(folder / "model.safetensors"))
     return head
 
@@ -426,14 +424,25 @@ def load_query_map(folder: Path) -> CompressionHead | None:
     """
     if not folder.is_dir():  # an index folder of 2026-11 and older
         return None
-    _, kind = _read_config(folder)
-    return load_head(folder).eval() if kind.maps else None
+    config = _restore_config(read_json(folder / "config.json"), folder)
+    return load_head(folder).eval() if config.maps else None
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], type[HeadConfig]]:
-    stored = read_json(folder / "config.json")
+def _store_config(config: HeadConfig) -> dict[str, Any]:
+    """Return a head's name and settings; those of a head inside it in the same form."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    settings = {n: _store_config(v) if isinstance(v, HeadConfig) else v for n, v in values.items()}
+    return {"head": config.name, "config": settings}
+
+
+def _restore_config(stored: dict[str, Any], folder: Path) -> HeadConfig:
+    """Invert `_store_config`."""
     if stored["head"] not in HEADS:
         raise InputError(
             f"{folder} holds a head {stored['head']!r}; this Endex knows {', '.join(HEADS)}. Upgrade it."
         )
-    return stored, HEADS[stored["head"]]
+    settings = {
+        name: _restore_config(value, folder) if isinstance(value, dict) else value
+        for name, value in stored["config"].items()
+    }
+    return HEADS[stored["head"]](**settings)

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from retriever import DualEncoderConfig, InputError, Precision
 from retriever.heads import HeadConfig
-from training.losses import DistillationConfig, LossConfig
+from training.losses import LossConfig
 from training.scoring import CrossDevice
 
 __all__ = [
@@ -308,10 +308,9 @@ class Experiment:
                 "optimization.freeze both, or leave it float32: optimization.precision bf16 computes in bfloat16 and "
                 "keeps float32 weights."
             )
-        blank = isinstance(self.loss, DistillationConfig) and not self.loss.label_weight
-        if blank and self.optimization.dense_warmup:
+        if self.loss.needs_head and self.optimization.dense_warmup:
             raise InputError(
-                "the loss distillation without label_weight has nothing to teach before the head's start. Start from "
+                f"the loss {self.loss.name} without labels has nothing to teach before the head's start. Start from "
                 f"trained towers with optimization.dense_warmup 0, got {self.optimization.dense_warmup}."
             )
         if self.live_negatives.per_query:

@@ -170,6 +170,7 @@ class TrainingRun:
         if self.processes > 1:
             for value in head.state_dict().values():
                 torch.distributed.broadcast(value, 0)
+        self.loss.start(vectors, self.experiment.seed)
         self.candidates.start(self.model, whole)
 
     def restore(self, resume: bool) -> None:

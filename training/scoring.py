@@ -24,7 +24,7 @@ from retriever import Embeddings, TokenBatch
 from retriever.data import other_relevant
 from retriever.distributed import all_gather, gather_detached, gather_padded, world_size
 from retriever.scores import Metric, score_matrix
-from training.losses import ScoredBatch
+from training.losses import DocumentPairs, ScoredBatch
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -58,7 +58,9 @@ class JoinedBatch:
         log_assignment: log-probability of the codes of `documents`, (n,), or None.
         teacher_queries: Vectors of the frozen teacher, (B, D), or None.
         teacher_candidates: The same for the candidates, (N, D), or None.
+        document_keys: Keys of `documents`, (n,).
         mapped: `documents` in the head's own space, (n, E); None where that is the towers'.
+        candidate_mapped: The same for the candidates, (N, E), or None.
     """
 
     metric: Metric
@@ -76,7 +78,9 @@ class JoinedBatch:
     log_assignment: Float[Tensor, " n"] | None
     teacher_queries: Float[Tensor, "B D"] | None
     teacher_candidates: Float[Tensor, "N D"] | None
+    document_keys: Int[Tensor, " n"]
     mapped: Float[Tensor, "n E"] | None
+    candidate_mapped: Float[Tensor, "N E"] | None
 
     def score(self, rows: slice = slice(None)) -> ScoredBatch:
         """Return the scores of some queries, by default of all, with all candidates."""
@@ -103,7 +107,18 @@ class JoinedBatch:
             log_assignment=self.log_assignment,
             coarse=coarse,
             teacher=teacher,
+            pairs=self._pairs(),
+        )
+
+    def _pairs(self) -> DocumentPairs | None:
+        if self.mapped is None or self.candidate_mapped is None:
+            return None
+        return DocumentPairs(
+            documents=self.documents,
             mapped=self.mapped,
+            other_documents=self.candidates,
+            other_mapped=self.candidate_mapped,
+            same=self.document_keys[:, None] == self.keys,
         )
 
 
@@ -149,6 +164,7 @@ def join_batch(
     relevant, positives = batch.relevant_keys, batch.positives
     labels = positives + (_rank() * own if mode != "in_batch" else 0)
     parts, mapped, log_assignment = (vectors.documents, head.reconstruction), head.mapped, head.log_assignment
+    document_keys, candidate_mapped = batch.document_keys, None if mapped is None else join(mapped)
     teacher_queries, teacher_candidates = teacher or (None, None)
     if teacher_candidates is not None and mode != "in_batch":
         teacher_candidates = all_gather(teacher_candidates)
@@ -156,8 +172,7 @@ def join_batch(
         queries, mapped_queries = gather_detached(queries), gather_detached(mapped_queries)
         relevant = gather_padded(relevant)
         labels = positives = all_gather(labels)
-        parts = (candidates, reconstruction)
-        mapped = None if mapped is None else gather_detached(mapped)
+        parts, mapped, document_keys = (candidates, reconstruction), candidate_mapped, keys
         log_assignment = None if log_assignment is None else gather_detached(log_assignment)
         teacher_queries = None if teacher_queries is None else all_gather(teacher_queries)
     return JoinedBatch(
@@ -176,7 +191,9 @@ def join_batch(
         log_assignment=log_assignment,
         teacher_queries=teacher_queries,
         teacher_candidates=teacher_candidates,
+        document_keys=document_keys,
         mapped=mapped,
+        candidate_mapped=candidate_mapped,
     )
 
 

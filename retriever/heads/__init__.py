@@ -16,6 +16,7 @@ from retriever.heads.base import (
     pack_list_numbers,
     unpack_codes,
 )
+from retriever.heads.cnt import CNT, CNTConfig
 from retriever.heads.ivfpq import IVFProductQuantizer, IVFProductQuantizerConfig
 from retriever.heads.ivfrq import IVFResidualQuantizer, IVFResidualQuantizerConfig
 from retriever.heads.none import NoCompression, NoCompressionConfig
@@ -34,12 +35,15 @@ HEADS: dict[str, type[HeadConfig]] = {
     "qinco": QINCoConfig,
     "qinco2": QINCo2Config,
     "unq": UNQConfig,
+    "cnt": CNTConfig,
 }
 
 __all__ = [
+    "CNT",
     "HEADS",
     "UNQ",
     "AdditiveCodebooks",
+    "CNTConfig",
     "CoarseAdditiveCodebooks",
     "CoarseProductCodebooks",
     "CompressionHead",

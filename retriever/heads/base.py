@@ -58,6 +58,11 @@ class HeadConfig(ABC):
     def check(self, dim: int) -> None:
         """Raise InputError if the head cannot compress vectors of `dim` dimensions."""
 
+    @property
+    def selects_softly(self) -> bool:
+        """Whether codes have probabilities, so that `HeadOutput.log_assignment` is there."""
+        return False
+
     def check_sample(self, documents: int) -> None:  # noqa: B027
         """Raise InputError if so many documents are too few for the head's warm start."""
 

@@ -124,6 +124,11 @@ class ProductQuantizerConfig(HeadConfig):
                 f"balance none, got {self.selection!r} and {self.balance!r}."
             )
 
+    @property
+    def selects_softly(self) -> bool:
+        """Whether the estimator is the softmax over codewords."""
+        return self.estimator == "softmax"
+
     def check(self, dim: int) -> None:
         """Raise InputError if `dim` is not a multiple of `num_codebooks`."""
         if dim % self.num_codebooks:

@@ -71,6 +71,11 @@ class ResidualQuantizerConfig(HeadConfig):
         if not 0 < self.selection_temperature < float("inf"):
             raise InputError(f"selection_temperature must be positive, got {self.selection_temperature}.")
 
+    @property
+    def selects_softly(self) -> bool:
+        """Whether the estimator is the softmax over codewords."""
+        return self.estimator == "softmax"
+
     def check(self, dim: int) -> None:
         """Do nothing: codewords have as many dimensions as the vectors, so any will do."""
 

@@ -19,6 +19,7 @@ from retriever import InputError
 from retriever.dual_encoder import load_head, save_head
 from retriever.heads import (
     HEADS,
+    CNTConfig,
     CompressionHead,
     HeadConfig,
     IVFProductQuantizerConfig,
@@ -136,6 +137,20 @@ CONFIGS: dict[str, list[HeadConfig]] = {
             triplet_weight=0.01,
             task_gradient=True,
             start_steps=0,
+        ),
+    ],
+    "cnt": [
+        CNTConfig(expansion=2, tokens=3),
+        CNTConfig(
+            tokens=8,
+            start="sparse",
+            inner=ProductQuantizerConfig(num_codebooks=3, codebook_bits=4, estimator="softmax"),
+        ),
+        CNTConfig(
+            expansion=1,
+            tokens=2,
+            mlp_ratio=2,
+            inner=IVFProductQuantizerConfig(num_lists=5, num_codebooks=4, codebook_bits=4),
         ),
     ],
 }
@@ -272,7 +287,10 @@ def test_config_is_registered_under_its_name(config: HeadConfig) -> None:
 def test_forward_returns_the_shapes_of_its_contract(config: HeadConfig) -> None:
     head = make_head(config, seed=0)
     output = head(rand(7, D, seed=1))
-    assert (output.reconstruction.shape, output.codes.shape) == ((7, D), (7, head.num_codes))
+    assert (output.reconstruction.shape, output.codes.shape) == (
+        (7, head.out_dim),
+        (7, head.num_codes),
+    )
 
 
 @every_head
@@ -293,7 +311,7 @@ def test_forward_and_encode_choose_the_same_codes(config: HeadConfig) -> None:
 def test_gradient_reaches_every_vector(config: HeadConfig) -> None:
     head = make_head(config, seed=0)
     x = rand(30, D, seed=1).requires_grad_()
-    head(x).reconstruction.backward(rand(30, D, seed=2))
+    head(x).reconstruction.backward(rand(30, head.out_dim, seed=2))
     assert bool(x.grad.norm(dim=1).gt(0).all())
 
 
@@ -317,6 +335,28 @@ def test_saved_head_gives_equal_codes_and_vectors(config: HeadConfig, tmp_path: 
     x = rand(30, D, seed=1)
     assert torch.equal(loaded.encode(x), head.encode(x))
     assert torch.equal(loaded.decode(loaded.encode(x)), head.decode(head.encode(x)))
+
+
+@every_head
+def test_mapped_queries_have_the_dimension_of_decoded_vectors(config: HeadConfig) -> None:
+    head = make_head(config, seed=0)
+    assert (
+        head.map_queries(rand(3, D, seed=1)).shape[1] == head.decode(head.encode(rand(3, D, seed=1))).shape[1]
+    )
+
+
+@every_head
+def test_only_a_head_that_says_so_maps_queries(config: HeadConfig) -> None:
+    q = rand(3, D, seed=1)
+    assert config.maps == (make_head(config, seed=0).map_queries(q) is not q)
+
+
+@every_head
+def test_a_batch_is_compressed_as_its_documents_and_queries_are(config: HeadConfig) -> None:
+    head, x, q = make_head(config, seed=0), rand(7, D, seed=1), rand(3, D, seed=2)
+    output, queries = head.compress_batch(x, q)
+    torch.testing.assert_close(output.reconstruction, head(x).reconstruction, rtol=0, atol=1e-5)
+    torch.testing.assert_close(queries, head.map_queries(q), rtol=0, atol=1e-5)
 
 
 @every_head
@@ -367,6 +407,7 @@ def test_head_of_an_unknown_name_is_refused_with_the_known_ones(tmp_path: Path) 
     with pytest.raises(
         InputError, match=r"holds a head 'hologram'; this Endex knows none, pq, ivfpq, rq, .*\. Upgrade"
     ):
+    with pytest.raises(InputError, match=r"holds a head 'hologram'; this Endex knows none, pq, .*\. Upgrade"):
         load_head(tmp_path / "head")
 
 

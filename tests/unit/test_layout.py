@@ -193,6 +193,7 @@ def test_no_name_is_exported_twice(name: str) -> None:
         ("retriever/heads/selection.py", "SELECTIONS"),
         ("retriever/transforms/rotations.py", "ROTATIONS"),
         ("training/losses/distillation.py", "OBJECTIVES"),
+        ("training/losses/inrp.py", "WEIGHTS"),
     ],
 )
 def test_a_registry_is_a_literal_of_names_and_classes(name: str, variable: str) -> None:

@@ -175,6 +175,8 @@ def test_a_head_with_a_space_of_its_own_is_scored_in_it(mode: str) -> None:
     torch.testing.assert_close(scored.compressed, 1 - torch.cdist(q, x_hat) ** 2 / 2)
     torch.testing.assert_close(scored.coarse, 1 - torch.cdist(q, lists) ** 2 / 2)
     assert torch.equal(scored.originals, x)
+    assert torch.equal(scored.pairs.other_documents, documents)
+    assert torch.equal(scored.pairs.same, torch.eye(N, dtype=torch.bool))
 
 
 def test_a_head_without_lists_and_a_run_without_a_teacher_give_no_such_scores() -> None:

@@ -17,7 +17,26 @@ from retriever.heads import HeadConfig
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["LossConfig", "RetrievalLoss", "ScoredBatch", "check_temperature"]
+__all__ = ["DocumentPairs", "LossConfig", "RetrievalLoss", "ScoredBatch", "check_temperature"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentPairs:
+    """Documents beside all that are scored, in the towers' space and in the head's own.
+
+    Attributes:
+        documents: Uncompressed vectors, those of `ScoredBatch.documents`, (n, D).
+        mapped: The same in the head's space, (n, E).
+        other_documents: Uncompressed vectors of all documents that are scored, (N, D).
+        other_mapped: The same in the head's space, (N, E).
+        same: Whether both are one document, (n, N).
+    """
+
+    documents: Float[Tensor, "n D"]
+    mapped: Float[Tensor, "n E"]
+    other_documents: Float[Tensor, "N D"]
+    other_mapped: Float[Tensor, "N E"]
+    same: Bool[Tensor, "n N"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +55,7 @@ class ScoredBatch:
         log_assignment: log-probability of the codes of `documents`, (n,), or None.
         coarse: Scores of queries with the centroids of the documents' inverted lists, (B, N), or None.
         teacher: Scores of the frozen teacher, (B, N), or None.
-        mapped: `documents` in the head's own space, (n, E); None where that is the towers'.
+        pairs: Documents beside each other in both spaces, where the head has one of its own; else None.
     """
 
     dense: Float[Tensor, "B N"]
@@ -50,12 +69,12 @@ class ScoredBatch:
     log_assignment: Float[Tensor, " n"] | None = None
     coarse: Float[Tensor, "B N"] | None = None
     teacher: Float[Tensor, "B N"] | None = None
-    mapped: Float[Tensor, "n E"] | None = None
+    pairs: DocumentPairs | None = None
 
     @property
     def originals(self) -> Float[Tensor, "n E"]:
         """What `reconstruction` stands for: the mapped documents, or the documents where the head does not map."""
-        return self.documents if self.mapped is None else self.mapped
+        return self.documents if self.pairs is None else self.pairs.mapped
 
 
 class RetrievalLoss(nn.Module, ABC):
@@ -77,6 +96,14 @@ class RetrievalLoss(nn.Module, ABC):
         queries, so that `by_queries` holds.
         """
 
+    def start(self, sample: Float[Tensor, "n D"], seed: int) -> None:
+        """Measure what the loss needs to know of the vectors, at the head's start.
+
+        Args:
+            sample: Current vectors of the warm start's documents, the same on every device.
+            seed: For everything random.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(ABC):
@@ -87,6 +114,11 @@ class LossConfig(ABC):
     @property
     def needs_teacher(self) -> bool:
         """Whether the loss reads `ScoredBatch.teacher`."""
+        return False
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the loss teaches nothing before the head's start."""
         return False
 
     @abstractmethod

@@ -76,6 +76,11 @@ class DistillationConfig(LossConfig):
         """Whether a frozen copy of the towers must be kept."""
         return self.teacher == "frozen"
 
+    @property
+    def needs_head(self) -> bool:
+        """Whether there are no labels to learn from before the head's start."""
+        return not self.label_weight
+
     def build(self) -> Distillation:
         """Return the loss."""
         return Distillation(self)

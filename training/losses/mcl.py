@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retriever.errors import InputError
-from retriever.heads import HeadConfig, ProductQuantizerConfig, ResidualQuantizerConfig
+from retriever.heads import HeadConfig
 from training.losses.base import LossConfig, RetrievalLoss, ScoredBatch, check_temperature
 from training.losses.contrastive import cross_entropy
 
@@ -48,9 +48,7 @@ class MCLConfig(LossConfig):
 
     def check(self, head: HeadConfig) -> None:
         """Raise InputError if `assignment_weight` is set and the head has no selection probability."""
-        if self.assignment_weight and not (
-            isinstance(head, ProductQuantizerConfig | ResidualQuantizerConfig) and head.estimator == "softmax"
-        ):
+        if self.assignment_weight and not head.selects_softly:
             raise InputError(
                 f"assignment_weight={self.assignment_weight} needs a head with selection probabilities. "
                 "Use the head pq or rq with estimator softmax, or assignment_weight 0."

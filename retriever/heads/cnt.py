@@ -1,0 +1,273 @@
+"""CNT head: a compression network in front of an index or of another head (CCST, arXiv:2107.14415).
+
+Queries and documents pass through one network to fewer dimensions, where they are compared by L2. What comes out is
+stored as it is, or compressed by an inner head, all trained as one model.
+
+Shapes: N documents, B queries, D dimensions, E = D expansion / tokens dimensions of the network's output, M codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from retriever.errors import InputError
+from retriever.heads.base import CompressionHead, FaissExport, HeadConfig, HeadOutput, QuantizerFit
+from retriever.heads.none import NoCompressionConfig
+from retriever.transforms.cnt import CompressionNetwork
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int, UInt8
+    from numpy.typing import NDArray
+
+__all__ = ["CNT", "CNTConfig"]
+
+StartName = Literal["sparse", "pca"]
+ROWS_AT_ONCE = 1024  # vectors mapped at once in inference: bounds the (rows, tokens + 1, 6 E) activations
+CALIBRATION = 4096  # vectors of the warm start whose statistics batch normalization begins with
+
+
+@dataclass(frozen=True, kw_only=True)
+class CNTConfig(HeadConfig):
+    """Size of a `CNT`, and the head behind it.
+
+    Attributes:
+        expansion: Width of the first projection as a multiple of D. Published: 4 with 8 tokens halves the dimension,
+            3 with 12 tokens makes it a quarter.
+        tokens: Parts of that projection; the output has D expansion / tokens dimensions, a multiple of 4.
+        mlp_ratio: Width of the perceptrons' hidden layer as a multiple of the output dimension.
+        start: "sparse" is the published start, a very sparse random projection; "pca" begins as the principal
+            components of live vectors, from which the network goes on (ours).
+        inner: Head that compresses the output, with metric l2; by default none, which leaves float32 vectors.
+    """
+
+    name: ClassVar[str] = "cnt"
+    maps: ClassVar[bool] = True
+
+    expansion: int = 4
+    tokens: int = 8
+    mlp_ratio: int = 1
+    start: StartName = "pca"
+    inner: HeadConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("expansion", "tokens", "mlp_ratio"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.expansion > self.tokens:
+            raise InputError(
+                f"expansion must not be larger than tokens, or the output has more dimensions than the input, got "
+                f"{self.expansion} and {self.tokens}."
+            )
+        if self.start not in get_args(StartName):
+            raise InputError(f"start must be one of {', '.join(get_args(StartName))}, got {self.start!r}.")
+        if self.inner is not None and (self.inner.maps or isinstance(self.inner, NoCompressionConfig)):
+            raise InputError(
+                f"inner must be a head that quantizes, got {self.inner.name!r}. Leave inner out for float vectors."
+            )
+
+    @property
+    def selects_softly(self) -> bool:
+        """Whether the inner head's codes have probabilities."""
+        return self.inner is not None and self.inner.selects_softly
+
+    def out_dim(self, dim: int) -> int:
+        """Return E for vectors of `dim` dimensions."""
+        return dim * self.expansion // self.tokens
+
+    def check(self, dim: int) -> None:
+        """Raise InputError unless the output has a multiple of 4 dimensions, which the inner head can compress."""
+        if dim * self.expansion % (4 * self.tokens):
+            fitting = [t for t in range(self.expansion, 4 * dim) if dim * self.expansion % (4 * t) == 0]
+            remedy = (
+                f"Try tokens={min(fitting, key=lambda t: abs(t - self.tokens))}."
+                if fitting
+                else "Choose another dimension."
+            )
+            raise InputError(
+                f"dimension x expansion must be a multiple of 4 x tokens, got dim={dim}, expansion={self.expansion} "
+                f"and tokens={self.tokens}. {remedy}"
+            )
+        if self.inner is not None:
+            self.inner.check(self.out_dim(dim))
+
+    def check_sample(self, documents: int) -> None:
+        """Raise InputError if the warm start would have too few documents for the inner head."""
+        if self.inner is not None:
+            self.inner.check_sample(documents)
+
+    def build(self, dim: int) -> CNT:
+        """Return the head for vectors of `dim` dimensions."""
+        return CNT(self, dim)
+
+
+class CNT(CompressionHead):
+    """y = network((x - mean) / deviation) deviation, then the inner head.
+
+    Mean and deviation are one number each, of all components of the warm start's vectors; multiplying by the deviation
+    again leaves distances, and so scores, in the units of the towers. Exports what the inner head exports, of E
+    dimensions; the index folder's `head/` holds the network for queries.
+
+    In evaluation mode the batch norms are folded into the linear layers, and the network's weights get no gradient.
+
+    Args:
+        config: Size of the network, its start, the inner head.
+        dim: Dimension D of the vectors.
+
+    Raises:
+        InputError: If D does not fit `config`, or the inner head's metric is not l2.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, config: CNTConfig, dim: int) -> None:
+        config.check(dim)
+        out_dim = config.out_dim(dim)
+        inner = (config.inner or NoCompressionConfig()).build(out_dim)
+        if config.inner is not None and inner.metric != "l2":
+            raise InputError(
+                f"a network that keeps distances needs an inner head with metric l2, got {inner.metric!r}. Set "
+                "inner.metric l2."
+            )
+        super().__init__(
+            dim=dim, num_codes=inner.num_codes, code_bits=inner.code_bits, metric="l2", out_dim=out_dim
+        )
+        self._config = config
+        self.network = CompressionNetwork(
+            dim, expansion=config.expansion, tokens=config.tokens, mlp_ratio=config.mlp_ratio
+        )
+        self.inner = inner
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("deviation", torch.ones(()))
+        self._folded: list[CompressionNetwork] = []  # at most one; a list, so that it is no part of the state
+        self.register_load_state_dict_post_hook(lambda module, _: module._folded.clear())  # type: ignore[no-untyped-call]
+
+    @property
+    def config(self) -> CNTConfig:
+        """The configuration that built this head."""
+        return self._config
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a compressed vector."""
+        return self.inner.code_size
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; what was folded for inference is then no longer valid."""
+        self._folded.clear()
+        return super().train(mode)
+
+    def forward(self, x: Float[Tensor, "N D"]) -> HeadOutput:
+        """Map and compress, in float32 whatever the autocast."""
+        return self._compress(self._map(x))
+
+    def compress_batch(
+        self, documents: Float[Tensor, "N D"], queries: Float[Tensor, "B D"]
+    ) -> tuple[HeadOutput, Float[Tensor, "B E"]]:
+        """Map documents and queries as one batch, so that both are normalized by the same statistics.
+
+        Where each document is its own query, as in training on vectors alone, it is mapped once.
+        """
+        if documents.shape == queries.shape and torch.equal(documents, queries):
+            y = self._map(documents)
+            return self._compress(y), y
+        y = self._map(torch.cat([documents.float(), queries.float()]))
+        return self._compress(y[: len(documents)]), y[len(documents) :]
+
+    def map_queries(self, queries: Float[Tensor, "B D"]) -> Float[Tensor, "B E"]:
+        """Return queries as the network in evaluation mode maps them."""
+        return self._infer(queries)
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
+        """Map in evaluation mode, then return the inner head's codes."""
+        return self.inner.encode(self._infer(x))
+
+    def decode(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N E"]:
+        """Return the vectors of E dimensions that codes stand for."""
+        return self.inner.decode(codes)
+
+    def pack(self, codes: Int[Tensor, "N M"]) -> NDArray[np.uint8]:
+        """Pack as the inner head does."""
+        return self.inner.pack(codes)
+
+    def unpack(self, packed: UInt8[NDArray[np.uint8], "N size"]) -> Int[Tensor, "N M"]:
+        """Invert `pack`."""
+        return self.inner.unpack(packed)
+
+    def export(self) -> FaissExport:
+        """Return the inner head's export; without one, float32 vectors of E dimensions."""
+        return replace(self.inner.export(), metric=self.metric)
+
+    @torch.no_grad()
+    def warm_start(self, sample: Float[Tensor, "n D"], fit: QuantizerFit, seed: int) -> None:
+        """Measure mean and deviation, start the network, and start the inner head from its output."""
+        self._config.check_sample(len(sample))
+        sample = sample.to(self.mean)
+        self.mean.copy_(sample.mean())
+        self.deviation.copy_(sample.std())
+        self.network.start_sparse(torch.Generator().manual_seed(seed))
+        standard = (sample - self.mean) / self.deviation
+        if self._config.start == "pca":
+            self.network.start_principal(standard)
+        self.network.calibrate(standard[:CALIBRATION])
+        self._folded.clear()
+        self.inner.warm_start(self._infer(sample), fit, seed)
+
+    def manual_parameters(self) -> list[nn.Parameter]:
+        """Return those of the inner head."""
+        return self.inner.manual_parameters()
+
+    def descend(self, factor: float, generator: torch.Generator) -> None:
+        """Move the inner head's manual parameters."""
+        self.inner.descend(factor, generator)
+
+    def count(self, codes: Int[Tensor, "N M"]) -> None:
+        """Add codes to the inner head's counts."""
+        self.inner.count(codes)
+
+    def usage_statistics(self) -> dict[str, float]:
+        """Return those of the inner head."""
+        return self.inner.usage_statistics()
+
+    def restart_dead_codes(
+        self, x: Float[Tensor, "N E"], generator: torch.Generator
+    ) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
+        """Restart the inner head's codewords from mapped vectors."""
+        return self.inner.restart_dead_codes(x, generator)
+
+    def _compress(self, y: Float[Tensor, "N E"]) -> HeadOutput:
+        output: HeadOutput = self.inner(y)
+        return replace(output, mapped=y)
+
+    def _map(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+        """Return the network's output: of the batch's statistics in training, else as `_infer`."""
+        if not self.training:
+            return self._infer(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._scaled(self.network, x.float())
+
+    def _infer(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+        """Return the network's output by its running statistics, whatever the mode, some rows at a time."""
+        network = self._folded_network()
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [self._scaled(network, rows) for rows in x.float().split(ROWS_AT_ONCE)]
+        return torch.cat(parts) if parts else x.new_empty(0, self.out_dim)
+
+    def _scaled(self, network: CompressionNetwork, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
+        output: Tensor = network((x - self.mean) / self.deviation) * self.deviation
+        return output
+
+    def _folded_network(self) -> CompressionNetwork:
+        """Return the network for inference; kept only in evaluation mode, as training changes it."""
+        if self._folded:
+            return self._folded[0].to(self.mean.device)
+        network = self.network.folded()
+        if not self.training:
+            self._folded[:] = [network]
+        return network
