@@ -29,7 +29,7 @@ SCORES = ("dense", "compressed", "coarse", "teacher")
 MASKS = {
     name: "repeated" if name == "distillation" else "ignore" for name in LOSSES
 }  # a teacher ranks positives
-SCORING = [name for name in LOSSES if name != "reconstruction"]  # those that look at scores
+SCORING = [name for name in LOSSES if name not in ("reconstruction", "inrp")]  # those that look at scores
 
 
 @pytest.fixture
@@ -301,10 +301,13 @@ def test_no_loss_holds_trainable_state(name: str) -> None:
     assert list(LOSSES[name]().build().parameters()) == []
 
 
-def test_only_distillation_holds_a_number_to_be_checkpointed() -> None:
-    """The weight of its lists, from the first batch."""
+def test_only_what_a_loss_measures_is_to_be_checkpointed() -> None:
+    """Distillation's weight of lists, from the first batch; INRP's mean and deviation of distances."""
     states = {name: list(config().build().state_dict()) for name, config in LOSSES.items()}
-    assert {name: state for name, state in states.items() if state} == {"distillation": ["list_weight"]}
+    assert {name: state for name, state in states.items() if state} == {
+        "distillation": ["list_weight"],
+        "inrp": ["mu", "sigma"],
+    }
 
 
 def test_reconstruction_is_the_mean_squared_error_of_a_vector(batch: ScoredBatch) -> None:
