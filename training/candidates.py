@@ -18,7 +18,7 @@ from training.corpus import TrainingCorpus
 from training.experiment import Experiment, LiveNegativesConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 __all__ = ["Candidates", "build_candidates", "freeze_towers", "frozen_copy"]
 
@@ -68,14 +68,26 @@ class Candidates(nn.Module):
         live = self.live
         if not live.per_query or self.corpus is None or not (compressed or live.by == "dense"):
             return batch
+        queries, by_codes = model.encode_queries(batch.queries).float(), live.by == "compressed"
+        positives = batch.document_keys[batch.positives]
         rows = self.corpus.hardest(
-            model.encode_queries(batch.queries).float(),
+            queries,
             batch.relevant_keys,
             model.head,
             count=live.per_query,
             depth=live.depth,
-            compressed=live.by == "compressed",
+            compressed=by_codes,
+            limits=self.corpus.limits(
+                queries,
+                positives,
+                model.head,
+                margin=live.margin,
+                max_relative=live.max_relative,
+                compressed=by_codes,
+            ),
         )
+        own = self.corpus.rows(positives).repeat_interleave(len(rows) // len(queries))
+        rows = torch.where(rows < 0, own, rows)  # a copy of the positive counts for no query
         keys = self.corpus.keys[rows.cpu()].to(rows.device)
         if self.corpus.vectors is not None:
             return batch.with_documents({}, keys)
@@ -94,6 +106,11 @@ class Candidates(nn.Module):
         """Make the codes of the corpus anew, where live negatives are ranked by them."""
         if self.corpus is not None and self.corpus.codes.numel() and vectors is not None:
             self.corpus.encode(model.head, vectors)
+
+    def renew(self, keys: Int[Tensor, " N"], codes: Int[Tensor, "N M"]) -> None:
+        """Keep the codes that documents have just been given, where live negatives are ranked by codes."""
+        if self.corpus is not None and self.corpus.codes.numel():
+            self.corpus.renew(keys, codes)
 
 
 def frozen_copy(model: DualEncoder) -> DualEncoder:

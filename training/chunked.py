@@ -93,7 +93,7 @@ class ChunkedRound(Round):
         leaves, cuts = _cut(joined)
         parts = self._losses_by_blocks(leaves)
         outputs, gradients = [tensor for tensor, _ in cuts], [leaf.grad for _, leaf in cuts]
-        if head_losses := self._head_losses(vectors, compress):
+        if head_losses := self._head_losses(vectors, tokens, compress):
             parts |= {name: value.detach() for name, value in head_losses.items()}
             outputs.append(self._scaled(self._sum(head_losses)))
             gradients.append(torch.ones_like(outputs[-1]))

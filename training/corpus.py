@@ -57,6 +57,49 @@ class TrainingCorpus(nn.Module):
         self.codes.copy_(torch.cat(parts))
 
     @torch.no_grad()
+    def renew(self, keys: Int[Tensor, " N"], codes: Int[Tensor, "N M"]) -> None:
+        """Keep new codes of some documents; where a document comes several times, its first."""
+        rows, group = self.rows(keys).unique(return_inverse=True)
+        places = torch.arange(len(keys), device=keys.device)
+        first = torch.full_like(rows, len(keys)).scatter_reduce_(0, group, places, "amin")
+        self.codes[rows] = codes[first].to(self.codes.dtype)
+
+    @torch.no_grad()
+    def limits(
+        self,
+        queries: Float[Tensor, "B D"],
+        positives: Int[Tensor, " B"],
+        head: CompressionHead,
+        *,
+        margin: float | None,
+        max_relative: float | None,
+        compressed: bool,
+    ) -> Float[Tensor, " B"] | None:
+        """Return the score above which a document may be relevant without anyone having said so.
+
+        Args:
+            queries: Query vectors.
+            positives: Keys of their positives, whose scores s are the measure.
+            head: Decodes, and has the score contract.
+            margin: At most s - margin.
+            max_relative: At most s - (1 - max_relative) |s|: for s > 0 the TopK-PercPos of NV-Retriever
+                (arXiv:2407.15831, section 3.2).
+            compressed: Score by the codes; else by the uncompressed vectors.
+        """
+        if margin is None and max_relative is None:
+            return None
+        if compressed:
+            queries = head.map_queries(queries)
+        documents = self._reconstruct(head, self.rows(positives), compressed)
+        scores = score_matrix(queries, documents, head.metric).diagonal()
+        limit = torch.full_like(scores, float("inf"))
+        if margin is not None:
+            limit = limit.minimum(scores - margin)
+        if max_relative is not None:
+            limit = limit.minimum(scores - (1 - max_relative) * scores.abs())
+        return limit
+
+    @torch.no_grad()
     def hardest(
         self,
         queries: Float[Tensor, "B D"],
@@ -66,8 +109,9 @@ class TrainingCorpus(nn.Module):
         count: int,
         depth: int,
         compressed: bool,
+        limits: Float[Tensor, " B"] | None = None,
     ) -> Int[Tensor, " B*count"]:
-        """Return rows of documents that score high and are not known to be relevant.
+        """Return rows of documents that score high and are not known to be relevant; -1 where no more are left.
 
         Args:
             queries: Query vectors.
@@ -76,6 +120,7 @@ class TrainingCorpus(nn.Module):
             count: Documents a query.
             depth: They are chosen at random among so many best, or are the best if `count` is as large.
             compressed: Score by the codes; else by the uncompressed vectors.
+            limits: Documents that score higher for a query are left out.
         """
         if compressed:
             queries = head.map_queries(queries)
@@ -84,15 +129,18 @@ class TrainingCorpus(nn.Module):
         best_scores = queries.new_empty(len(queries), 0)
         best_rows = relevant_keys.new_empty(len(queries), 0)
         for start in range(0, len(self.documents), ROWS_AT_ONCE):
-            documents = self._reconstruct(head, start, compressed)
+            documents = self._reconstruct(head, slice(start, start + ROWS_AT_ONCE), compressed)
             scores = score_matrix(queries, documents, head.metric)
+            if limits is not None:
+                scores = scores.masked_fill(scores > limits[:, None], float("-inf"))
             found = scores.topk(min(wanted, scores.shape[1]))
             best_scores = torch.cat([best_scores, found.values], 1)
             best_rows = torch.cat([best_rows, found.indices + start], 1)
             best = best_scores.topk(min(wanted, best_scores.shape[1]))
             best_scores, best_rows = best.values, best_rows.gather(1, best.indices)
         relevant = self._relevant_rows(relevant_keys)
-        hit = (best_rows[:, :, None] == relevant[:, None, :]).any(-1)
+        best_rows = best_rows.masked_fill(best_scores.isneginf(), -1)
+        hit = (best_rows[:, :, None] == relevant[:, None, :]).any(-1) | (best_rows < 0)
         order = hit.to(torch.uint8).argsort(dim=1, stable=True)  # those not relevant first, best first
         ranked = best_rows.gather(1, order)[:, :depth]
         if count < ranked.shape[1]:
@@ -101,13 +149,15 @@ class TrainingCorpus(nn.Module):
             ranked = ranked.gather(1, draw.argsort(1)[:, :count])
         return ranked.flatten()
 
-    def _reconstruct(self, head: CompressionHead, start: int, compressed: bool) -> Float[Tensor, "rows E"]:
+    def _reconstruct(
+        self, head: CompressionHead, rows: slice | Int[Tensor, " rows"], compressed: bool
+    ) -> Float[Tensor, "rows E"]:
         if compressed:
-            return head.decode(self.codes[start : start + ROWS_AT_ONCE].long())
+            return head.decode(self.codes[rows].long())
         assert self.vectors is not None, (
             "experiment checks that dense live negatives come with frozen documents"
         )
-        return self.vectors[start : start + ROWS_AT_ONCE]
+        return self.vectors[rows]
 
     def _relevant_rows(self, keys: Int[Tensor, "B R"]) -> Int[Tensor, "B R"]:
         rows = [[self.row.get(key, -1) for key in known] for known in keys.tolist()]

@@ -69,14 +69,21 @@ class LiveNegativesConfig:
         depth: They are drawn from so many best; all of them if `per_query` is as large.
         by: Ranked by "compressed" scores (JPQ, RepCONC), from the head's start on; or by "dense" ones, which needs a
             frozen document tower (the teacher's best, Distill-VQ).
-        refresh: Steps after which the codes they are ranked by are made anew; 0 only at the head's start. Documents
-            that a frozen tower encodes are not encoded again, others are: all of the corpus.
+        refresh: Steps after which the codes they are ranked by are made anew, all of them; 0 only at the head's start.
+            Documents that a frozen tower encodes are not encoded again, others are. A document of a batch gets its
+            new code in every case.
+        margin: Leave out documents that score higher than the query's positive less this; they may be relevant,
+            though nobody has said so.
+        max_relative: Leave out documents that score higher than this share of the positive's score (NV-Retriever:
+            0.95).
     """
 
     per_query: int = 0
     depth: int = 200
     by: Literal["compressed", "dense"] = "compressed"
     refresh: int = 0
+    margin: float | None = None
+    max_relative: float | None = None
 
     def __post_init__(self) -> None:
         _require(self.per_query >= 0, "live_negatives.per_query", self.per_query, "0 or more")
@@ -85,6 +92,10 @@ class LiveNegativesConfig:
         )
         _require(self.by in ("compressed", "dense"), "live_negatives.by", self.by, "compressed or dense")
         _require(self.refresh >= 0, "live_negatives.refresh", self.refresh, "0 or more")
+        share = self.max_relative
+        _require(
+            share is None or 0 < share <= 1, "live_negatives.max_relative", share, "above 0 and at most 1"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,10 +77,12 @@ class Round(ABC):
             known = run.candidates.known_vectors(tokens)
             return PreparedBatch(tokens, known, run.candidates.teach(tokens, known))
 
-    def _head_losses(self, vectors: Embeddings, compress: bool) -> dict[str, Tensor]:
-        """Return the head's own losses, once it has counted its codes."""
+    def _head_losses(self, vectors: Embeddings, tokens: TokenBatch, compress: bool) -> dict[str, Tensor]:
+        """Return the head's own losses, once its codes are counted and kept for live negatives."""
         if compress:
-            self.run.model.head.count(all_gather(vectors.compressed.codes))
+            codes = all_gather(vectors.compressed.codes)
+            self.run.model.head.count(codes)
+            self.run.candidates.renew(all_gather(tokens.document_keys), codes)
         return {f"head_{name}": value for name, value in vectors.compressed.losses.items()}
 
     def _sum(self, parts: dict[str, Tensor]) -> Tensor:
@@ -118,7 +120,7 @@ class WholeRound(Round):
                 mode=self.optimization.cross_device,
                 teacher=batch.teacher,
             )
-            parts = {**run.loss(scored), **self._head_losses(vectors, compress)}
+            parts = {**run.loss(scored), **self._head_losses(vectors, batch.tokens, compress)}
             loss = self._sum(parts)
             if not loss.requires_grad:
                 raise InputError(NOTHING_LEARNS)

@@ -159,3 +159,51 @@ def test_codes_are_part_of_the_state(lists: bool) -> None:
 def test_vectors_are_no_part_of_the_state() -> None:
     """A frozen tower makes them again."""
     assert list(make_corpus(0).state_dict()) == ["codes"]
+
+
+def test_documents_of_a_batch_get_their_new_codes_and_others_keep_theirs() -> None:
+    head = make_head()
+    corpus = make_corpus(0, head)
+    before, codes = corpus.codes.clone(), torch.randint(16, (3, head.num_codes))
+    corpus.renew(torch.tensor([document_key(f"d{row}") for row in (7, 30, 7)]), codes)
+    assert corpus.codes[[7, 30]].tolist() == codes[:2].tolist()  # of two codes for d7 the first
+    others = [row for row in range(DOCUMENTS) if row not in (7, 30)]
+    assert torch.equal(corpus.codes[others], before[others])
+
+
+@pytest.mark.parametrize("margin", [None, 0.4])
+@pytest.mark.parametrize("max_relative", [None, 0.7, 1.0])
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("metric", ["inner_product", "l2"])
+def test_documents_that_score_too_near_the_positive_are_no_negatives(
+    margin: float | None, max_relative: float | None, compressed: bool, metric: str
+) -> None:
+    """Against every document's score in float64; where few are left, the rest is -1."""
+    head = make_head(metric)
+    corpus, (queries, keys, relevant) = make_corpus(1, head), make_queries(1)
+    vectors = head.decode(head.encode(corpus.vectors)) if compressed else corpus.vectors
+    q, x = queries.double(), vectors.detach().double()
+    scores = q @ x.T if metric == "inner_product" else 1 - (q[:, None] - x).square().sum(-1) / 2
+    positives = torch.tensor([min(known) for known in relevant])
+    own = scores.gather(1, positives[:, None])
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if margin is not None:
+        allowed &= scores <= own - margin + 1e-9
+    if max_relative is not None:
+        allowed &= scores <= own - (1 - max_relative) * own.abs() + 1e-6
+    limits = corpus.limits(
+        queries,
+        torch.tensor([document_key(f"d{row}") for row in positives.tolist()]),
+        head,
+        margin=margin,
+        max_relative=max_relative,
+        compressed=compressed,
+    )
+    assert (limits is None) == (margin is None and max_relative is None)
+    found = corpus.hardest(
+        queries, keys, head, count=DOCUMENTS, depth=DOCUMENTS, compressed=compressed, limits=limits
+    )
+    for b, row in enumerate(found.view(B, DOCUMENTS).tolist()):
+        expected = set(allowed[b].nonzero().flatten().tolist())
+        ties = {r for r in expected if abs(float(scores[b, r] - own[b])) < 1e-5}
+        assert set(row) - {-1} - ties == expected - ties
