@@ -18,6 +18,7 @@ VERBS = {  # verb -> (module, what it does)
     "merge": ("launch.merge", "join shards and indexes of one model; add, remove or replace documents"),
     "convert": ("launch.convert", "write an index for another engine: bundle, npy, parquet or Lance"),
     "search": ("launch.search", "search an index folder; print hits or write a TREC run"),
+    "mine": ("launch.mine", "find hard negatives of training queries through an index folder"),
     "evaluate": ("launch.evaluate", "nDCG, MRR and recall of an index or a model on judged queries"),
     "serve": ("launch.serve", "answer queries over HTTP, with a search page"),
     "data": ("launch.data", "build a data folder from what is on this machine"),

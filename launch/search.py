@@ -9,6 +9,7 @@ from pathlib import Path
 from index import Searcher, Widths
 from launch.arguments import parse, verb_parser
 from retriever import InputError, Precision, Query, read_queries
+from retriever.folder import publish_file
 from training.evaluate import Run
 
 __all__ = ["run", "write_run"]
@@ -98,9 +99,8 @@ def write_run(path: Path, results: Run, tag: str) -> None:
         for query, found in results.items()
         for rank, (document, score) in enumerate(found.items(), start=1)
     ]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(lines), encoding="utf-8")
-    temporary.replace(path)
+    with publish_file(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def _snippet(searcher: Searcher, row: int, width: int = 70) -> str:

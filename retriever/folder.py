@@ -18,7 +18,15 @@ from typing import Any
 
 from retriever.errors import InputError
 
-__all__ = ["MANIFEST", "check_folder", "publish_folder", "read_json", "read_manifest", "write_json"]
+__all__ = [
+    "MANIFEST",
+    "check_folder",
+    "publish_file",
+    "publish_folder",
+    "read_json",
+    "read_manifest",
+    "write_json",
+]
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -84,6 +92,20 @@ def publish_folder(
         _replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def publish_file(target: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file that becomes `target` when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
