@@ -163,6 +163,9 @@ class Teacher:
     def extend(self, tokens: TokenBatch, _: DualEncoder, *, compressed: bool) -> TokenBatch:
         return tokens
 
+    def renew(self, _: Tensor, __: Tensor) -> None:
+        pass
+
     def known_vectors(self, _: TokenBatch) -> None:
         return None
 
