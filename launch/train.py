@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 
+from launch.distributed import start_processes, take_options
 from training import Trainer, parse_experiment
 from training.preemption import PREEMPTED, Preempted
 from training.recipe import experiment_parser
@@ -14,10 +15,13 @@ from training.recipe import experiment_parser
 __all__ = ["run"]
 
 USAGE = """usage: endex train CONFIG.yaml [--dotted.option value ...] [--resume] [--json] [--print_config]
+                   [--accelerate_config NAME|FILE [--num_processes N] [--num_machines M]
+                    [--machine_rank R] [--main_process_ip HOST] [--main_process_port PORT]]
 
 Trains the experiment that the YAML file describes; options override its fields. Writes metrics.jsonl, best/, last/
 and checkpoints/ into its `output` folder. Under torchrun: torchrun --no-python endex train CONFIG.yaml.
 On SIGTERM or SIGUSR1 it finishes the step, writes a checkpoint and exits with code 75: start it again with --resume.
+NAME is one of single_gpu, multi_gpu, multi_node, fsdp2, cpu_gloo (launch/accelerate/); it starts the processes itself.
 """
 
 
@@ -28,6 +32,9 @@ def run(words: list[str]) -> int:
         experiment_parser(prog="endex train CONFIG.yaml").print_help()
         return 0 if words else 2
     given = [word for word in words if word != "--resume"]
+    words, devices = take_options(words)
+    if devices is not None:
+        start_processes(devices, ["train", *words])
     flags = {name: f"--{name}" in words for name in ("resume", "json")}
     words = [word for word in words if word not in ("--resume", "--json")]
     if not words[0].startswith("-"):

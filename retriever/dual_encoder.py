@@ -226,6 +226,7 @@ class DualEncoder(nn.Module):
         self.document_encoder = document_encoder
         self.head = head
         self.title_separator = title_separator
+        self.groups_lengths = True  # encode the documents of a batch in groups of like length
         self._identity = NoCompressionConfig().build(head.dim)
 
     @property
@@ -291,7 +292,8 @@ class DualEncoder(nn.Module):
             queries: Vectors of the queries, likewise.
         """
         if documents is None:
-            documents = encode_by_length(self.document_encoder, batch.documents)
+            encode = encode_by_length if self.groups_lengths else Encoder.__call__
+            documents = encode(self.document_encoder, batch.documents)
         if queries is None:
             queries = self.encode_queries(batch.queries)
         head = self.head if compress else self._identity
@@ -304,6 +306,7 @@ class DualEncoder(nn.Module):
         overwrite: bool = False,
         files: Mapping[str, str] | None = None,
         about: Mapping[str, Any] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Publish the model folder atomically.
 
@@ -312,13 +315,15 @@ class DualEncoder(nn.Module):
             overwrite: Replace an existing folder once the new one is complete.
             files: Further text files by name (`experiment.yaml`, `README.md`).
             about: Further entries of the manifest.
+            weights: The model's state dict, whole, where its own is sharded.
         """
         with publish_folder(folder, "model", overwrite=overwrite, about=dict(about or {})) as path:
+            weights = self.state_dict() if weights is None else weights
             if self.tied:
-                self.document_encoder.save(path / "encoder")
+                self.document_encoder.save(path / "encoder", _below("document_encoder.", weights))
             else:
-                self.query_encoder.save(path / "query_encoder")
-                self.document_encoder.save(path / "document_encoder")
+                self.query_encoder.save(path / "query_encoder", _below("query_encoder.", weights))
+                self.document_encoder.save(path / "document_encoder", _below("document_encoder.", weights))
             sides = {"query": self.query_encoder, "document": self.document_encoder}
             write_json(
                 path / "dual_encoder.json",
@@ -350,6 +355,10 @@ class DualEncoder(nn.Module):
             query = Encoder.load(folder / "query_encoder", **settings["query"])
         model = cls(query, document, load_head(folder / "head"), title_separator=config["title_separator"])
         return model.eval()
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def encode_by_length(encoder: Encoder, tokens: Tokens) -> Float[Tensor, "N D"]:

@@ -9,7 +9,7 @@ text-embeddings-inference all read; pooling, prompts, normalisation and lengths 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -176,7 +176,7 @@ class Encoder(nn.Module):
         vectors = self.projection(vectors).float()
         return F.normalize(vectors, dim=-1) if self.settings.normalize else vectors
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write a sentence-transformers folder (legacy layout, safetensors), adapters merged; or a tower of vectors."""
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.backbone, VectorInput):
@@ -187,7 +187,9 @@ class Encoder(nn.Module):
             self.backbone.save(folder / STATIC_FOLDER, self.tokenizer, self.settings.max_length)
             modules = [(STATIC_FOLDER, ST_STATIC)]
         else:
-            _save_transformer(self.backbone, folder)
+            prefix, weights = "backbone.", self.state_dict() if weights is None else weights
+            own = {n.removeprefix(prefix): value for n, value in weights.items() if n.startswith(prefix)}
+            _save_transformer(self.backbone, folder, own)
             self.tokenizer.model_max_length = self.settings.max_length
             self.tokenizer.save_pretrained(folder)
             write_pooling(folder, self.settings, self.width)
@@ -280,11 +282,10 @@ def _load_token_bag(source: str, revision: str | None, folder: str) -> tuple[nn.
     return TokenBag.load(*_files(source, revision, folder, ("model.safetensors", "tokenizer.json")))
 
 
-def _save_transformer(backbone: Any, folder: Path) -> None:
+def _save_transformer(backbone: Any, folder: Path, state: dict[str, Tensor]) -> None:
     adapted = hasattr(backbone, "peft_config")
-    state = backbone.state_dict()
     with _quiet():
-        backbone.save_pretrained(folder, state_dict=merge_lora(backbone, state) if adapted else None)
+        backbone.save_pretrained(folder, state_dict=merge_lora(backbone, state) if adapted else state)
     if adapted:
         config = read_json(folder / "config.json")
         write_json(

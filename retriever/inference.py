@@ -68,7 +68,7 @@ def map_queries(head: CompressionHead, queries: Float[Tensor, "n D"]) -> Float[T
     return head.map_queries(queries.to(device)).float().cpu()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: sharded weights keep what their first forward pass allocates
 def _embed(
     items: Sequence[T],
     length: Callable[[T], int],

@@ -16,6 +16,7 @@ from retriever import Document, DualEncoder, TokenBatch
 from retriever.heads import NoCompressionConfig
 from training.corpus import TrainingCorpus
 from training.experiment import Experiment, LiveNegativesConfig
+from training.sharding import whole
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -98,8 +99,9 @@ class Candidates(nn.Module):
     def start(self, model: DualEncoder, vectors: Float[Tensor, "n D"] | None) -> None:
         """Take over the towers as they are at the head's start, and the first codes of the corpus."""
         if self.teacher is not None:
-            self.teacher.query_encoder.load_state_dict(model.query_encoder.state_dict())
-            self.teacher.document_encoder.load_state_dict(model.document_encoder.state_dict())
+            for name in ("query_encoder", "document_encoder"):
+                weights = whole(getattr(model, name).state_dict(), everywhere=True)
+                getattr(self.teacher, name).load_state_dict(weights)
         self.refresh(model, vectors)
 
     def refresh(self, model: DualEncoder, vectors: Float[Tensor, "n D"] | None) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from retriever.errors import InputError
 from retriever.folder import check_folder, publish_folder, read_json, write_json
+from training.sharding import shards_like
 
 __all__ = ["Progress", "checkpoint_folder", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -59,17 +60,17 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 def save_checkpoint(
     folder: Path,
     *,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    weights: dict[str, torch.Tensor],
+    moments: dict[str, Any],
     progress: Progress,
     experiment_yaml: str,
     scaler: dict[str, Any] | None,
     keep: int,
 ) -> None:
-    """Publish `folder/step-N` and remove all but the newest `keep` checkpoints."""
+    """Publish `folder/step-N` with the whole states of model and optimizer; remove all but the newest `keep`."""
     with publish_folder(checkpoint_folder(folder, progress.step), "checkpoint", overwrite=True) as path:
-        save_file(_unshared(model.state_dict()), path / "model.safetensors")
-        tensors, scalars = _split_optimizer(optimizer.state_dict())
+        save_file(_unshared(weights), path / "model.safetensors")
+        tensors, scalars = _split_optimizer(moments)
         save_file(tensors, path / "optimizer.safetensors")
         write_json(path / "trainer.json", {**asdict(progress), "optimizer": scalars, "scaler": scaler})
         (path / "experiment.yaml").write_text(experiment_yaml, encoding="utf-8")
@@ -94,7 +95,8 @@ def load_checkpoint(
     check_folder(path, "checkpoint")
     stored = read_json(path / "trainer.json")
     optimizer_scalars, scaler = stored.pop("optimizer"), stored.pop("scaler")
-    missing, unexpected = model.load_state_dict(load_file(path / "model.safetensors"), strict=False)
+    weights = shards_like(load_file(path / "model.safetensors"), model.state_dict())
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     shared = set(model.state_dict()) - set(_unshared(model.state_dict()))
     if unexpected or set(missing) - shared:
         wrong = [*unexpected, *(set(missing) - shared)][0]
@@ -102,7 +104,11 @@ def load_checkpoint(
             f"{path} is of another model: it differs in {wrong!r}. Resume with the experiment that wrote it."
         )
     tensors = load_file(path / "optimizer.safetensors")
-    optimizer.load_state_dict(_join_optimizer(tensors, optimizer_scalars))
+    moments = _join_optimizer(tensors, optimizer_scalars)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in moments["state"].items():
+        moments["state"][number] = shards_like(values, dict.fromkeys(values, parameters[number]))
+    optimizer.load_state_dict(moments)
     return Progress(**stored), scaler
 
 

@@ -197,6 +197,8 @@ def embed_in_shares(
         return embed(items).to(device)
     size = -(-len(items) // shares)
     rank = torch.distributed.get_rank()
-    own = embed(items[rank * size : (rank + 1) * size]).to(device)
-    padded = torch.cat([own, own.new_zeros(size - len(own), *own.shape[1:])])
-    return all_gather(padded.detach())[: len(items)]
+    own = list(items[rank * size : (rank + 1) * size])
+    own += list(items[:1]) * (
+        size - len(own)
+    )  # all do as much: a sharded tower's forward pass is a collective
+    return all_gather(embed(own).to(device).detach())[: len(items)]

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from retriever import DualEncoder
 from training.experiment import OptimizationConfig
+from training.sharding import clip_norm
 
 __all__ = ["clip_gradients", "forget", "learning_rate_factor", "parameter_groups"]
 
@@ -58,7 +60,9 @@ def clip_gradients(model: DualEncoder, limit: float) -> dict[str, float]:
     towers = [p for name, p in model.named_parameters() if not name.startswith("head.")]
     for name, parameters in {"towers": towers, "head": list(model.head.parameters())}.items():
         if any(p.grad is not None for p in parameters):
-            norms[f"train/grad_norm_{name}"] = nn.utils.clip_grad_norm_(parameters, limit).item()
+            sharded = any(isinstance(p, DTensor) for p in parameters)
+            clip = clip_norm if sharded else nn.utils.clip_grad_norm_
+            norms[f"train/grad_norm_{name}"] = clip(parameters, limit).item()
     return norms
 
 

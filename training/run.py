@@ -45,6 +45,7 @@ from training.negatives import BatchPlan, PairDataset
 from training.optimizer import parameter_groups
 from training.recipe import dump_experiment
 from training.run_folder import checkpoint_to_continue, clear_leftovers, depends_on_processes
+from training.sharding import ShardedDualEncoder, sharding_wanted, whole, whole_moments
 
 __all__ = ["TrainingRun"]
 
@@ -102,10 +103,22 @@ class TrainingRun:
         compresses = experiment.head.name != "none"
         experiment.head.check_sample(min(len(self._warm_start_ids()), optimization.warm_start_documents))
         self.head_start = round(optimization.dense_warmup * self.steps) if compresses else self.steps
-        optimizer = torch.optim.AdamW(parameter_groups(self.model, optimization), fused=True)
         self.state = nn.ModuleDict({"model": self.model, "loss": self.loss, "candidates": self.candidates})
         self.state.to(self.accelerator.device)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self._distribute(optimization)
+
+    def _distribute(self, optimization: OptimizationConfig) -> None:
+        """Give the model to the processes, whole or in shards, and make its optimizer."""
+        self.sharded = self.processes > 1 and sharding_wanted(optimization.precision)
+        if self.sharded:
+            self.wrapped: nn.Module = ShardedDualEncoder(self.model, optimization.precision)
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, optimization), fused=True)
+        if not self.sharded:
+            self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Return the model's weights by name, of all shards; all processes must call it together."""
+        return whole(self.model.state_dict())
 
     def rounds(self) -> Iterator[list[TokenBatch]]:
         """Yield this device's batches in chunks: `accumulation` rounds of each remaining step."""
@@ -197,13 +210,14 @@ class TrainingRun:
     def save_checkpoint(self) -> Path:
         """Publish the state after this step, from the main process; return its folder."""
         folder = self.folder / "checkpoints"
+        weights, moments = whole(self.state.state_dict()), whole_moments(self.optimizer.state_dict())
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             self.progress.processes = self.processes
             save_checkpoint(
                 folder,
-                model=self.state,
-                optimizer=self.optimizer,
+                weights=weights,
+                moments=moments,
                 progress=self.progress,
                 experiment_yaml=dump_experiment(self.experiment),
                 scaler=scaler.state_dict() if scaler else None,

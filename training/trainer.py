@@ -31,6 +31,7 @@ from training.recipe import dump_experiment
 from training.rounds import Round, RoundResult, WholeRound
 from training.run import TrainingRun
 from training.run_folder import refuse_finished
+from training.sharding import average_replicated
 from training.tracking import RunLog
 
 __all__ = ["Trainer", "TrainingReport"]
@@ -141,6 +142,8 @@ class Trainer:
             for name, value in seen.parts.items():
                 row[f"train/loss_{name}"] += self._mean(value) / optimization.accumulation
         row["train/loss"] = sum(value for name, value in row.items() if name.startswith("train/loss_"))
+        if run.sharded:
+            average_replicated(run.state.children())
         run.accelerator.unscale_gradients()
         row |= clip_gradients(run.model, optimization.max_grad_norm)
         if compress:
@@ -206,6 +209,7 @@ class Trainer:
 
     def _save_model(self, name: str) -> None:
         run = self.run
+        weights = run.whole_weights()
         if run.accelerator.is_main_process:
             card = model_card(run.folder.name, self.experiment, run.model, run.progress.metrics)
             files = {"experiment.yaml": dump_experiment(self.experiment), "README.md": card}
@@ -214,6 +218,7 @@ class Trainer:
                 overwrite=True,
                 files=files,
                 about={"step": run.progress.step, "metrics": run.progress.metrics},
+                weights=weights,
             )
         run.accelerator.wait_for_everyone()
 
