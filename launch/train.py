@@ -32,9 +32,10 @@ def run(words: list[str]) -> int:
         experiment_parser(prog="endex train CONFIG.yaml").print_help()
         return 0 if words else 2
     given = [word for word in words if word != "--resume"]
-    words, devices = take_options(words)
+    rest, devices = take_options(words)
     if devices is not None:
         start_processes(devices, ["train", *words])
+    words = rest
     flags = {name: f"--{name}" in words for name in ("resume", "json")}
     words = [word for word in words if word not in ("--resume", "--json")]
     if not words[0].startswith("-"):

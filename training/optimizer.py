@@ -33,10 +33,16 @@ def parameter_groups(model: DualEncoder, config: OptimizationConfig) -> list[dic
     decay = {"matrices": config.weight_decay, "vectors": 0.0, "head": 0.0, "manual": 0.0}
     peak = {"matrices": config.lr, "vectors": config.lr, "head": config.head_lr, "manual": 0.0}
     return [
-        {"params": parameters, "lr": peak[name], "peak_lr": peak[name], "weight_decay": decay[name]}
+        {"params": part, "lr": peak[name], "peak_lr": peak[name], "weight_decay": decay[name]}
         for name, parameters in groups.items()
-        if parameters
+        for part in _shards_apart(parameters)
     ]
+
+
+def _shards_apart(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return whole and sharded parameters, which one call of AdamW's kernel does not take together."""
+    parts = [[p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (False, True)]
+    return [part for part in parts if part]
 
 
 def learning_rate_factor(step: int, steps: int, config: OptimizationConfig) -> float:
