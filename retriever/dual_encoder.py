@@ -62,7 +62,7 @@ class DualEncoderConfig:
         attention: Implementation of attention as transformers names it: "sdpa", "eager", "flash_attention_2" (a GPU
             and the package flash-attn), or a kernel of the Hub; by default transformers' choice, mostly "sdpa".
         checkpoint_activations: Keep only the inputs of each layer, and compute it again on the way back: less memory
-            for about a third more time.
+            for one more forward pass.
         compile: Compile the towers' layers with torch.compile: a slow start, faster steps after.
     """
 

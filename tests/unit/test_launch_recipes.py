@@ -10,18 +10,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import faiss
 import pytest
 import torch
+import yaml
 
 from index import FaissFit, IndexConfig, Searcher, export_index, merge_indexes
+from launch.kubeflow.train import run as train_on_kubeflow
 from launch.ray.serve import best_of, run
-from retriever import Document, DualEncoderConfig, InputError, embed_documents, read_corpus
+from launch.ray.train import run as train_on_ray
+from retriever import Document, DualEncoder, DualEncoderConfig, InputError, embed_documents, read_corpus
 from retriever.heads import ProductQuantizerConfig
+from training import Experiment, dump_experiment
+from training.experiment import DataConfig, OptimizationConfig
+from training.losses import MCLConfig
 
 ROOT = Path(__file__).parents[2]
 SLURM = sorted((ROOT / "launch/slurm").glob("*.sbatch"))
@@ -301,6 +307,120 @@ def test_parts_of_different_models_are_not_served(
     manifest.write_text(json.dumps(stored), encoding="utf-8")
     with pytest.raises(InputError, match=r"part2 was made with another model than .*part1"):
         run([str(part) for part in parts])
+
+
+# --- training on Ray, Kubeflow and SkyPilot ---
+
+
+WORDS = ["recipe.yaml", "--output", "a folder/model"]
+
+
+def test_ray_trains_as_one_process_a_worker(tiny_model: Path, tiny_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray.train")
+    recipe = tmp_path / "recipe.yaml"
+    experiment = Experiment(
+        output=str(tmp_path / "run"),
+        model=DualEncoderConfig(encoder=str(tiny_model), query_max_length=16, document_max_length=32),
+        head=ProductQuantizerConfig(num_codebooks=4, codebook_bits=4),
+        loss=MCLConfig(),
+        data=DataConfig(source=str(tiny_data)),
+        optimization=OptimizationConfig(steps=2, batch_size=8, warm_start_documents=64),
+    )
+    recipe.write_text(dump_experiment(experiment), encoding="utf-8")
+    words = ["--workers", "2", "--cpu", "--cpus_per_worker", "0.5", "--storage", str(tmp_path / "ray")]
+    script = [sys.executable, str(ROOT / "launch/ray/train.py"), *words, "--", str(recipe)]
+    done = call(script, tmp_path, RAY_USAGE_STATS_ENABLED="0")
+    assert done.returncode == 0, done.stderr
+    assert len(DualEncoder.load(tmp_path / "run" / "last").head.codebooks) == 4
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("step-*")
+    assert json.loads((checkpoint / "trainer.json").read_text())["processes"] == 2
+
+
+def test_ray_says_what_is_missing() -> None:
+    with pytest.raises(InputError, match="there is nothing to train"):
+        train_on_ray(["--workers", "2"])
+
+
+@pytest.fixture
+def kubeflow(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """Return what the recipe prints for its words."""
+
+    def printed(*words: str) -> dict[str, Any]:
+        assert train_on_kubeflow(["--image", "image:1", "--claim", "disk", *words]) == 0
+        return dict(yaml.safe_load(capsys.readouterr().out))
+
+    return printed
+
+
+def test_kubeflows_schema_takes_the_job(kubeflow: Callable[..., dict[str, Any]]) -> None:
+    models = pytest.importorskip("kubeflow_trainer_api.models")
+    stored = kubeflow("--nodes", "4", "--gpus", "2", "--", *WORDS)
+    job = models.TrainerV1alpha1TrainJob.from_dict(stored)
+    assert (job.spec.trainer.num_nodes, job.spec.trainer.num_proc_per_node) == (4, 2)
+    assert job.to_dict() == stored, "no field is unknown to the schema"
+
+
+def test_a_kubeflow_pod_starts_torchrun_in_its_folder(
+    kubeflow: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """The container's command, run here with a torchrun that prints its words."""
+    trainer = kubeflow("--folder", str(tmp_path), "--", *WORDS)["spec"]["trainer"]
+    shim = tmp_path / "torchrun"
+    shim.write_text('#!/bin/bash\npwd\nprintf "%s\\n" "$@"\n', encoding="utf-8")
+    shim.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    found = call([*trainer["command"], *trainer["args"]], ROOT, PATH=path).stdout.splitlines()
+    assert found == [str(tmp_path), "--no-python", "endex", "train", *WORDS, "--resume"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--name", "My Run", "--", "recipe.yaml"], "--name must be letters a to z"),
+        (["--gpus", "0", "--", "recipe.yaml"], "--gpus must be at least 1, got 0"),
+        ([], "there is nothing to train"),
+    ],
+)
+def test_a_kubeflow_job_that_cannot_run_is_refused(
+    kubeflow: Callable[..., dict[str, Any]], words: list[str], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        kubeflow(*words)
+
+
+SKY = ROOT / "launch/skypilot/train.yaml"
+
+
+def test_skypilot_reads_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    sky = pytest.importorskip("sky")
+    monkeypatch.chdir(ROOT)
+    task = sky.Task.from_yaml_config(yaml.safe_load(SKY.read_text()), env_overrides={"WORDS": "a.yaml"})
+    assert task.envs["WORDS"] == "a.yaml"
+    assert {resource.accelerators["H100"] for resource in task.resources} == {8}
+
+
+def test_every_skypilot_node_starts_torchrun(tmp_path: Path) -> None:
+    shim = tmp_path / "torchrun"
+    shim.write_text('#!/bin/bash\necho "$@"\n', encoding="utf-8")
+    shim.chmod(0o755)
+    script = yaml.safe_load(SKY.read_text())["run"]
+    variables = {
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_RANK": "1",
+    }
+    variables |= {"SKYPILOT_NUM_GPUS_PER_NODE": "8", "PORT": "7", "WORDS": "a.yaml --seed 1"}
+    done = call(["bash", "-c", script], tmp_path, **variables, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.stdout == (
+        "--nnodes 2 --nproc_per_node 8 --node_rank 1 --master_addr 10.0.0.1 --master_port 7 "
+        "--no-python endex train a.yaml --seed 1 --resume\n"
+    ), done.stderr
+
+
+@pytest.mark.parametrize("name", ["setup", "run"])
+def test_a_skypilot_script_is_bash(name: str) -> None:
+    script = yaml.safe_load(SKY.read_text())[name]
+    assert call(["bash", "-n", "-c", script], ROOT).returncode == 0
 
 
 def test_best_of_parts_is_stable() -> None:
