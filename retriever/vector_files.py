@@ -45,6 +45,7 @@ class VectorFile:
         if not file.is_file():
             raise InputError(f"{file} is not there. Give a vector file: {', '.join(SUFFIXES)}.")
         self._widths: NDArray[np.int32] | None = None  # what each row of an INRIA file states
+        self._table: Any
         if file.suffix in VECS:
             self._table, self._widths = _map_vecs(file)
         else:
@@ -53,6 +54,7 @@ class VectorFile:
             raise InputError(
                 f"{self.path} must hold a table (vectors, dimensions), got shape {tuple(self._table.shape)}."
             )
+        self._are_vectors = self._table.dtype.name in NUMBERS
 
     def __len__(self) -> int:
         return int(self._table.shape[0])
@@ -68,10 +70,9 @@ class VectorFile:
         Raises:
             InputError: If they are not numbers of a kind that vectors have, or not finite.
         """
-        table = self._rows(start, stop)
-        if table.dtype.name not in NUMBERS:
-            raise InputError(f"{self.path} holds {table.dtype}, but vectors are {', '.join(NUMBERS)}.")
-        found = table.astype(np.float32)
+        if not self._are_vectors:
+            raise InputError(f"{self.path} holds {self._table.dtype}, but vectors are {', '.join(NUMBERS)}.")
+        found: NDArray[np.float32] = self._rows(start, stop).astype(np.float32)
         if not np.isfinite(found).all():
             row = start + int((~np.isfinite(found)).any(1).argmax())
             raise InputError(f"{self.path}: row {row} holds nan or inf. Remove or mend it.")
@@ -117,12 +118,14 @@ def _map_vecs(file: Path) -> tuple[NDArray[Any], NDArray[np.int32]]:
             "Restore it."
         )
     table = np.memmap(file, row, "r")
-    return table["values"], table["dim"]
+    return np.asarray(table["values"]), np.asarray(
+        table["dim"]
+    )  # a memmap's own slices take 10 times as long
 
 
 def _map_npy(file: Path) -> NDArray[Any]:
     try:
-        found: NDArray[Any] = np.load(file, mmap_mode="r")
+        found: NDArray[Any] = np.asarray(np.load(file, mmap_mode="r"))  # as above
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{file} is not a NumPy table: {error}. Write it with numpy.save.") from None
     return found

@@ -79,15 +79,16 @@ class VectorInput(nn.Module):
         Raises:
             InputError: If there is a text among them, or a vector of another dimension.
         """
+        dim = self.dim
         for item in items:
             if isinstance(item, str):
                 raise InputError(
-                    f"this model takes vectors of {self.dim} dimensions, got the text {item[:40]!r}. "
+                    f"this model takes vectors of {dim} dimensions, got the text {item[:40]!r}. "
                     "Give a vector file."
                 )
-            if item.shape != (self.dim,):
+            if item.shape != (dim,):
                 raise InputError(
-                    f"this model takes vectors of {self.dim} dimensions, got one of shape {item.shape}. "
+                    f"this model takes vectors of {dim} dimensions, got one of shape {item.shape}. "
                     "Give vectors of the kind it was trained on."
                 )
         return {"vectors": torch.from_numpy(np.stack([item for item in items if not isinstance(item, str)]))}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "count_vectors",
     "is_vectors",
+    "named_files",
     "read_vector_data",
     "read_vector_documents",
     "read_vector_qrels",
@@ -62,7 +63,7 @@ class VectorTable(Mapping[str, T], Generic[T]):
         self.file = file
         self._make = make
         self._rows = range(len(file)) if rows is None else rows
-        self._known = None if rows is None else {*rows.tolist()}
+        self._known = self._rows if rows is None else {*rows.tolist()}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -72,7 +73,7 @@ class VectorTable(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         row = int(name) if name.isdecimal() else -1
-        if not 0 <= row < len(self.file) or (self._known is not None and row not in self._known):
+        if row not in self._known:
             raise KeyError(name)
         return self._make(name, self.file.vectors(row, row + 1)[0])
 
@@ -85,12 +86,12 @@ def is_vectors(source: str | Path) -> bool:
 
 def count_vectors(source: str | Path) -> int:
     """Return the vectors of `base.*`, or of a file."""
-    return len(VectorFile(_parts(source)["base"]))
+    return len(VectorFile(named_files(source)["base"]))
 
 
 def read_vector_documents(source: str | Path, start: int = 0, stop: int | None = None) -> Iterator[Document]:
     """Yield the vectors of `base.*`, or of a file, as documents named by their row; see `read_corpus`."""
-    file = VectorFile(_parts(source)["base"])
+    file = VectorFile(named_files(source)["base"])
     stop = len(file) if stop is None else min(stop, len(file))
     for first in range(start, stop, PIECE):
         for row, vector in enumerate(file.vectors(first, min(first + PIECE, stop)), start=first):
@@ -99,7 +100,7 @@ def read_vector_documents(source: str | Path, start: int = 0, stop: int | None =
 
 def read_vector_queries(source: str | Path) -> Mapping[str, Float[NDArray[np.float32], " D"]]:
     """Return the vectors of `query.*`, or of a file, by row."""
-    parts = _parts(source)
+    parts = named_files(source)
     if "query" not in parts and Path(source).is_dir():
         raise InputError(f"{source} has no query.*. Give a folder that has it, or a vector file.")
     return VectorTable(VectorFile(parts.get("query", parts["base"])), _vector)
@@ -118,7 +119,7 @@ def read_vector_qrels(source: str | Path, *, metric: Metric = "l2", normalize: b
     Raises:
         InputError: If there are no queries, or what is given does not fit them.
     """
-    parts = _parts(source)
+    parts = named_files(source)
     if "query" not in parts:
         raise InputError(f"{source} has no queries. Give a folder with base.* and query.*.")
     base, queries = VectorFile(parts["base"]), VectorFile(parts["query"])
@@ -149,7 +150,7 @@ def read_vector_data(
     Raises:
         InputError: If files do not fit together or cannot be read.
     """
-    parts = _parts(source)
+    parts = named_files(source)
     if "query" not in parts and (split != "train" or "learn" not in parts):
         return _held_out(VectorFile(parts["base"]), split, metric, normalize)
     if split == "train":
@@ -233,8 +234,8 @@ def _check_dims(base: VectorFile, other: VectorFile) -> None:
         )
 
 
-def _parts(source: str | Path) -> dict[str, str]:
-    """Return the files of a source by part."""
+def named_files(source: str | Path) -> dict[str, str]:
+    """Return the files of a source by name: base, and those of learn, query and groundtruth that it has."""
     file, dataset = split_dataset(str(source))
     if file.is_dir():
         found = {name: _part(file, name) for name in PARTS}

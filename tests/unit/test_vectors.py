@@ -71,7 +71,7 @@ def test_every_kind_of_number_becomes_float32(tmp_path: Path, kind: str) -> None
 
 def broken_rows(path: Path) -> None:
     table = np.array([[3, 1, 2, 3], [4, 1, 2, 3]], "<i4")
-    path.with_suffix(".ivecs").write_bytes(table.tobytes())
+    path.write_bytes(table.tobytes())
 
 
 Write = Callable[[Path], object]
@@ -83,7 +83,7 @@ FAULTS: dict[str, tuple[str, Write, str]] = {
     "nan": ("a.npy", lambda path: np.save(path, np.array([[1.0], [np.nan]])), r"row 1 holds nan"),
     "no numpy": ("a.npy", lambda path: path.write_text("hello"), r"is not a NumPy table"),
     "cut": ("a.fvecs", lambda path: path.write_bytes(b"\x03\0\0\0\0\0"), r"6 bytes are no whole number"),
-    "rows": ("a.ivecs", broken_rows, r"row 1 says 4 dimensions, row 0 3"),
+    "rows": ("a.fvecs", broken_rows, r"row 1 says 4 dimensions, row 0 3"),
     "no hdf5": ("a.hdf5:rows", lambda path: Path(str(path)[:-5]).write_text("x"), r"is not HDF5"),
     "data set": (
         "a.hdf5:other",
