@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from retriever.errors import InputError
 from retriever.heads.base import CompressionHead, FaissExport, HeadConfig, HeadOutput, QuantizerFit
 from retriever.heads.none import NoCompressionConfig
+from retriever.transforms.batch_norm import calibrate
 from retriever.transforms.cnt import CompressionNetwork
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ class CNT(CompressionHead):
         standard = (sample - self.mean) / self.deviation
         if self._config.start == "pca":
             self.network.start_principal(standard)
-        self.network.calibrate(standard[:CALIBRATION])
+        calibrate(self.network, standard[:CALIBRATION])
         self._folded.clear()
         self.inner.warm_start(self._infer(sample), fit, seed)
 

@@ -15,7 +15,7 @@ from retriever.distributed import all_gather, world_size
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-__all__ = ["BatchNorm", "alone", "calibrate", "inference", "perceptron"]
+__all__ = ["Affine", "BatchNorm", "alone", "calibrate", "inference", "perceptron"]
 
 MOMENTUM = 0.1  # of the running statistics, PyTorch's default
 EPSILON = 1e-5  # added to variances, PyTorch's default
@@ -69,6 +69,32 @@ class BatchNorm(nn.Module):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / max(1, count - 1), self.momentum)
         return (rows - mean) * (self.weight / (var + EPSILON).sqrt()) + self.bias
+
+    def affine(self) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+        """Return scale and shift of inference: y = scale x + shift."""
+        scale = self.weight / (self.running_var + EPSILON).sqrt()
+        return scale, self.bias - self.running_mean * scale
+
+    def folded(self) -> Affine:
+        """Return the scale and shift of inference."""
+        return Affine(*(part.detach() for part in self.affine()))
+
+
+class Affine(nn.Module):
+    """y = scale x + shift, channel by channel."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Float[Tensor, " C"], shift: Float[Tensor, " C"]) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Float[Tensor, "... C"]) -> Float[Tensor, "... C"]:
+        """Return scale x + shift."""
+        result: Tensor = x * self.scale + self.shift
+        return result
 
 
 def perceptron(inputs: int, hidden: int, num_layers: int, outputs: int) -> nn.Sequential:

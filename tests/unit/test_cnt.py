@@ -22,7 +22,8 @@ from retriever.heads import (
     ProductCodebooks,
     ProductQuantizerConfig,
 )
-from retriever.transforms.cnt import Affine, BatchNorm, CompressionNetwork, sparse_projection
+from retriever.transforms.batch_norm import Affine, BatchNorm, calibrate
+from retriever.transforms.cnt import CompressionNetwork, sparse_projection
 
 D, T, WIDTH = 24, 6, 16
 
@@ -187,7 +188,7 @@ def test_folded_network_has_no_batch_normalization_and_only_the_norms_behind_act
 
 def test_calibration_makes_inference_on_the_sample_what_training_gives() -> None:
     network, sample = make_network(), 2 * rand(400, D, seed=7) - 1
-    network.calibrate(sample)
+    calibrate(network, sample)
     expected = network.train()(sample)
     torch.testing.assert_close(network.eval()(sample), expected, rtol=0, atol=2e-2)  # n - 1 against n
 
@@ -199,7 +200,7 @@ def test_network_starts_as_principal_components() -> None:
     x = rand(500, D, seed=0) @ rand(D, D, seed=1)
     network = make_network(trained=False)
     network.start_principal(x)
-    network.calibrate(x)
+    calibrate(network, x)
     centred = (x - x.mean(0)).double().numpy()
     _, _, directions = np.linalg.svd(centred, full_matrices=False)
     found = network.eval()(x).double()
