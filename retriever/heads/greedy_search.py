@@ -18,7 +18,8 @@ Q directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ DIRECTIONS = 15  # with r, a product of 16 columns
 ROUNDING = 1e-5  # of the squared lengths; a bound nearer than that to the best distance decides nothing
 
 
-class _Pairs(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Pairs:
     """f(c, context) of R contexts and all codewords, but for the last products: known + sum_l hidden_l downs_l."""
 
     known: Float[Tensor, "P D"]
@@ -52,10 +54,53 @@ class _Pairs(NamedTuple):
         return u
 
     def whole(self) -> Float[Tensor, "P D"]:
-        """Return all pairs whole."""
+        """Return all pairs whole, in the place of `known`."""
         for units, down in zip(self.hidden, self.downs, strict=True):
             self.known.addmm_(units, down)
         return self.known
+
+
+class PairNetwork:
+    """A step's network on all pairs of some contexts and all codewords.
+
+    Args:
+        codewords: Those of the step, (K, D).
+        network: As wide as the vectors.
+        contexts: Most contexts in a call.
+    """
+
+    def __init__(self, codewords: Float[Tensor, "K D"], network: StepNetwork, contexts: int) -> None:
+        assert network.project_out is None, "what is known of a pair has as many dimensions as the vectors"
+        blocks = network.residual_blocks
+        self.network = network
+        self.base = network.table(codewords).base
+        self.ups = [block.up.weight.T.contiguous() for block in blocks]  # (D, H)
+        self.downs = [block.down.weight.T.contiguous() for block in blocks]  # (H, D)
+        self.firsts = [self.base @ up for up in self.ups]  # (K, H)
+        dim, hidden = self.ups[0].shape
+        self.folded = len(blocks) * hidden < 4 * dim  # L (L - 1) / 2 H^2 < 2 (L - 1) D H
+        self.products = [[down @ up for down in self.downs[:place]] for place, up in enumerate(self.ups)]
+        # memory of one's own, as fresh pages for every call would take half the time
+        self._known = codewords.new_empty(contexts, len(codewords), dim)
+        self._units = codewords.new_empty(len(blocks) if self.folded else 2, contexts, len(codewords), hidden)
+
+    def __call__(self, contexts: Float[Tensor, "R D"]) -> Pairs:
+        """Return the pairs, each context's together; valid until the next call."""
+        count = len(contexts)
+        half = self.network.context_half(contexts)
+        known = torch.add(self.base, half[:, None], out=self._known[:count]).flatten(0, 1)
+        hidden: list[Tensor] = []
+        for place, up in enumerate(self.ups):
+            units = self._units[place % len(self._units), :count]
+            if place and not self.folded:
+                known.addmm_(hidden.pop(), self.downs[place - 1])
+                units = torch.mm(known, up, out=units.flatten(0, 1))
+            else:
+                units = torch.add(self.firsts[place], (half @ up)[:, None], out=units).flatten(0, 1)
+                for before, product in zip(hidden, self.products[place], strict=True):
+                    units.addmm_(before, product)
+            hidden.append(units.relu_())
+        return Pairs(known, hidden, self.downs[-len(hidden) :])
 
 
 class GreedyStep:
@@ -69,18 +114,14 @@ class GreedyStep:
     def __init__(self, codewords: Float[Tensor, "K D"], network: StepNetwork | None) -> None:
         self.codewords = codewords
         self.network = network
+        self.rows = max(1, PAIRS // len(codewords))
         if network is None:
             return
-        assert network.project_out is None, "the bounds are those of a network as wide as the vectors"
-        blocks = network.residual_blocks
-        self.base = network.table(codewords).base
-        self.ups = [block.up.weight.T.contiguous() for block in blocks]  # (D, H)
-        self.downs = [block.down.weight.T.contiguous() for block in blocks]  # (H, D)
-        self.firsts = [self.base @ up for up in self.ups]  # (K, H)
-        dim, hidden = self.ups[0].shape
-        self.folded = len(blocks) * hidden <= 4 * dim  # L (L - 1) / 2 H^2 <= 2 (L - 1) D H
-        self.products = [[down @ up for down in self.downs[:place]] for place, up in enumerate(self.ups)]
+        self.pairs = PairNetwork(codewords, network, self.rows)
         self.directions = torch.linalg.svd(codewords, full_matrices=False).Vh[:DIRECTIONS].T  # (D, Q)
+        self.rest = self.pairs.base.square().sum(1) - (self.pairs.base @ self.directions).square().sum(
+            1
+        )  # (K,)
 
     def added(self, codes: Int[Tensor, " G"], contexts: Float[Tensor, "G D"]) -> Float[Tensor, "G D"]:
         """Return what the step adds to each context by its code."""
@@ -104,13 +145,12 @@ class GreedyStep:
         if self.network is None:
             return squared_distances(residual[None], self.codewords)[0].argmin(1)
         codes = torch.empty_like(groups)
-        rows = max(1, PAIRS // len(self.codewords))
         order, sizes = groups.argsort(), groups.bincount(minlength=len(contexts))
         single = sizes[groups[order]] == 1
-        for part in _parts(order[single], rows):
+        for part in _parts(order[single], self.rows):
             codes[part] = self._choose_alone(residual[part], contexts[groups[part]])
         members = order[~single]
-        for part in _parts((sizes > 1).nonzero()[:, 0], rows):
+        for part in _parts((sizes > 1).nonzero()[:, 0], self.rows):
             several = sizes[part].tolist()
             some, members = members[: sum(several)], members[sum(several) :]
             codes[some] = self._choose_together(residual[some], contexts[part], several)
@@ -120,7 +160,7 @@ class GreedyStep:
         self, residual: Float[Tensor, "n D"], contexts: Float[Tensor, "R D"], sizes: Sequence[int]
     ) -> Int[Tensor, " n"]:
         """Return the codes of vectors in the order of their contexts, of which each has as many as `sizes` says."""
-        u = self._pairs(contexts).whole().view(len(contexts), len(self.codewords), -1)
+        u = self.pairs(contexts).whole().view(len(contexts), len(self.codewords), -1)
         parts = zip(residual.split(sizes), u, strict=True)
         return torch.cat([squared_distances(some[None], words)[0].argmin(1) for some, words in parts])
 
@@ -129,10 +169,12 @@ class GreedyStep:
     ) -> Int[Tensor, " R"]:
         """Return the codes of vectors that share no context."""
         count, size = len(residual), len(self.codewords)
-        pairs = self._pairs(contexts)
+        pairs = self.pairs(contexts)
         lower = self._bounds(residual, pairs)  # (R, K), of ||r - u||^2 - ||r||^2
         first = torch.arange(count, device=residual.device) * size
-        guess = pairs.rows(first + lower.argmin(1))
+        guess = pairs.rows(
+            first + (lower + self.rest).argmin(1)
+        )  # what the bound leaves out is nearly base's
         squares = residual.square().sum(1)
         upper = (residual - guess).square().sum(1) - squares + ROUNDING * (squares + guess.square().sum(1))
         kept = (lower <= upper[:, None]).flatten().nonzero()[:, 0]
@@ -140,32 +182,20 @@ class GreedyStep:
         distances[kept] = (residual[kept // size] - pairs.rows(kept)).square_().sum(1)
         return distances.view(count, size).argmin(1)
 
-    def _bounds(self, residual: Float[Tensor, "R D"], pairs: _Pairs) -> Float[Tensor, "R K"]:
+    def _bounds(self, residual: Float[Tensor, "R D"], pairs: Pairs) -> Float[Tensor, "R K"]:
         """Return ||Q^T u||^2 - 2 r . u."""
         count, dim = residual.shape
-        columns = torch.cat([residual[:, :, None], self.directions.expand(count, -1, -1)], 2)  # (R, D, 1 + Q)
-        scores = torch.bmm(pairs.known.view(count, -1, dim), columns)
+        scores = torch.bmm(pairs.known.view(count, -1, dim), self._columns(residual, self.directions))
         for units, down in zip(pairs.hidden, pairs.downs, strict=True):
-            scores.baddbmm_(units.view(count, -1, units.shape[1]), down @ columns)
+            columns = self._columns(residual @ down.T, down @ self.directions)
+            scores.baddbmm_(units.view(count, -1, units.shape[1]), columns)
         inner, leading = scores[:, :, 0], scores[:, :, 1:]
         return leading.square().sum(-1).sub_(inner, alpha=2)
 
-    def _pairs(self, contexts: Float[Tensor, "R D"]) -> _Pairs:
-        """Evaluate the network on all codewords, all but its last products."""
-        assert self.network is not None, "a step without a network makes no pairs"
-        half = self.network.context_half(contexts)
-        known = (self.base + half[:, None]).flatten(0, 1)
-        hidden: list[Tensor] = []
-        for place, up in enumerate(self.ups):
-            if place and not self.folded:
-                known.addmm_(hidden.pop(), self.downs[place - 1])
-                units = known @ up
-            else:
-                units = (self.firsts[place] + (half @ up)[:, None]).flatten(0, 1)
-                for before, product in zip(hidden, self.products[place], strict=True):
-                    units.addmm_(before, product)
-            hidden.append(units.relu_())
-        return _Pairs(known, hidden, self.downs[-len(hidden) :])
+    @staticmethod
+    def _columns(own: Float[Tensor, "R n"], shared: Float[Tensor, "n Q"]) -> Float[Tensor, "R n 1+Q"]:
+        """Return a column of each row's own, and those that all share."""
+        return torch.cat([own[:, :, None], shared.expand(len(own), -1, -1)], 2)
 
 
 def _parts(rows: Int[Tensor, " n"], size: int) -> Sequence[Int[Tensor, " R"]]:
