@@ -107,6 +107,11 @@ class Searcher:
         return "l2" if self.faiss_index.metric_type == load_faiss().METRIC_L2 else "inner_product"
 
     @property
+    def takes_vectors(self) -> bool:
+        """Whether queries are vectors instead of texts."""
+        return self._model.takes_vectors
+
+    @property
     def normalizes(self) -> bool:
         """Whether queries become unit vectors."""
         return self._model.query_encoder.settings.normalize

@@ -35,7 +35,7 @@ DECODERS = "decoders.safetensors"
 BATCH_NUMBERS = 1 << 26  # of decoded vectors held at once, 256 MB
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Widths:
     """How many documents of a query each stage of a cascade passes on; what is left out is the index's own.
 

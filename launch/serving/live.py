@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
+import numpy as np
+
 from index import Searcher
 from retriever import Document, InputError
 from retriever.folder import MANIFEST
@@ -123,7 +125,8 @@ class LiveIndex:
         before = _digest_or_empty(real)
         try:
             searcher = self._load(real)
-            searcher.search([""], 1)  # the first search is slow, and shows that it works
+            query = np.zeros(searcher.dim, np.float32) if searcher.takes_vectors else ""
+            searcher.search([query], 1)  # the first search is slow, and shows that it works
         except (RuntimeError, OSError) as error:  # of FAISS, torch, the disk
             raise InputError(f"{folder} cannot be loaded: {error}. Export it again, or try later.") from error
         digest = _digest_or_empty(real)

@@ -89,15 +89,18 @@ class SearchService:
     def _answer(self, jobs: list[SearchJob]) -> list[Answer | Exception]:
         start = time.perf_counter()
         generation = self.live.current
-        vectors = self._vectors(generation.searcher, jobs)
+        searcher = generation.searcher
+        vectors = self._vectors(searcher, jobs)
         answers: dict[int, Answer | Exception] = {}  # by place in jobs
         alike: defaultdict[tuple[int | None, tuple[str, ...] | None], list[int]] = defaultdict(list)
         for place, (job, queries) in enumerate(zip(jobs, vectors, strict=True)):
-            if queries.shape[1] == generation.searcher.dim:
+            if searcher.takes_vectors and job.vectors is None:
+                answers[place] = InputError("this index is searched by vectors, got texts. Send vectors.")
+            elif queries.shape[1] == searcher.dim:
                 alike[job.nprobe, job.ids].append(place)
             else:
                 answers[place] = InputError(
-                    f"vectors must have {generation.searcher.dim} dimensions, got {queries.shape[1]}."
+                    f"vectors must have {searcher.dim} dimensions, got {queries.shape[1]}."
                 )
         for places in alike.values():
             found = self._search(
@@ -111,8 +114,9 @@ class SearchService:
     def _vectors(
         self, searcher: Searcher, jobs: Sequence[SearchJob]
     ) -> list[Float[NDArray[np.float32], "B D"]]:
-        """Return the vectors of each job's queries; all texts are encoded together."""
+        """Return the vectors of each job's queries; all texts are encoded together, unless vectors are wanted."""
         texts = [text for job in jobs if job.vectors is None for text in job.texts]
+        texts = [] if searcher.takes_vectors else texts
         encoded = (
             searcher.embed(texts, precision=self._config.precision) if texts else np.empty((0, 0), np.float32)
         )
@@ -133,10 +137,11 @@ class SearchService:
     ) -> list[Answer | Exception]:
         """Search for jobs that differ in k only, once with the largest k."""
         first, k = jobs[0], max(job.k for job in jobs)
+        searcher, queries = generation.searcher, np.concatenate(vectors)
+        if searcher.takes_vectors:  # they are as in the file that was exported
+            queries = searcher.embed(list(queries), precision=self._config.precision)
         try:
-            scores, rows = generation.searcher.search_vectors(
-                np.concatenate(vectors), k, nprobe=first.nprobe, ids=first.ids
-            )
+            scores, rows = searcher.search_vectors(queries, k, nprobe=first.nprobe, ids=first.ids)
         except InputError as error:  # nprobe or ids, which these jobs share
             folder = generation.searcher.folder
             message = str(error).replace(str(folder), folder.name)  # no paths for clients

@@ -16,6 +16,9 @@ from accelerate.state import AcceleratorState
 
 from index import Searcher
 from launch.main import main
+from launch.serving.config import ServeConfig
+from launch.serving.metrics import Metrics
+from launch.serving.service import SearchJob, SearchService
 from retriever import DualEncoder
 from training import load_experiment
 from training.trainer import Trainer
@@ -165,6 +168,18 @@ def test_a_half_encoded_file_is_not_continued_with_other_vectors(work: Path, tmp
     np.save(path, x + 1)
     with pytest.raises(InputError, match="the corpus is not the one"):
         encode_corpus(model, read_corpus(path), tmp_path / "part", progress=False)
+
+
+def test_a_server_answers_vectors_of_the_files_kind_and_refuses_texts(work: Path) -> None:
+    queries = np.load(work / "data/query.npy").astype(np.float32)
+    searcher, config = Searcher(work / "index"), ServeConfig(index=str(work / "index"))
+    service = SearchService("index", work / "index", config, Metrics())
+    service.live.swap()
+    text, vectors = service._answer([SearchJob(texts=("hello",)), SearchJob(vectors=queries[:3], k=4)])
+    assert "is searched by vectors, got texts" in str(text)
+    assert [[searcher.document_ids[row] for row in rows] for rows in vectors.rows] == (
+        searcher.search(list(queries[:3]), 4)[1]
+    )
 
 
 def test_training_lowers_the_error(work: Path) -> None:
