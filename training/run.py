@@ -77,6 +77,7 @@ class TrainingRun:
         self.folder = Path(experiment.output)
         self.progress = Progress()
         optimization = experiment.optimization
+        self.sharded = sharding_wanted(optimization.precision)
         AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
         self.accelerator = Accelerator(
             mixed_precision=PRECISIONS[optimization.precision],
@@ -109,7 +110,7 @@ class TrainingRun:
 
     def _distribute(self, optimization: OptimizationConfig) -> None:
         """Give the model to the processes, whole or in shards, and make its optimizer."""
-        self.sharded = self.processes > 1 and sharding_wanted(optimization.precision)
+        self.sharded = self.sharded and self.processes > 1
         if self.sharded:
             self.wrapped: nn.Module = ShardedDualEncoder(self.model, optimization.precision)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, optimization), fused=True)

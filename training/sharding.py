@@ -39,6 +39,11 @@ def sharding_wanted(precision: Precision) -> bool:
     Raises:
         InputError: If it asks for something that Endex does not do.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise InputError(
+            "DeepSpeed is not supported: its engine owns the optimizer's step, and keeps copies of the weights that a "
+            "head's warm start and restarts would miss. Take --accelerate_config fsdp2, which shards the same."
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     plugin = FullyShardedDataParallelPlugin()
@@ -129,11 +134,13 @@ def whole(state: Mapping[str, Tensor], *, everywhere: bool = False) -> dict[str,
     found = {}
     for name, value in state.items():
         if isinstance(value, DTensor):
-            address = value.to_local().data_ptr() or id(value)
-            if address not in joined:
+            storage = (
+                value.to_local().untyped_storage()._cdata
+            )  # an empty shard has no address, but a storage
+            if storage not in joined:
                 full = value.full_tensor()
-                joined[address] = full.cpu() if everywhere or dist.get_rank() == 0 else full.new_empty(0)
-            value = joined[address]
+                joined[storage] = full.cpu() if everywhere or dist.get_rank() == 0 else full.new_empty(0)
+            value = joined[storage]
         found[name] = value
     return found
 

@@ -186,6 +186,7 @@ def test_more_processes_than_gpus_are_refused(
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, r"Set model\.checkpoint_activations"),
         ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, r"only one process has weights\. Set false"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, r"fsdp_offload_params is true"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"DeepSpeed is not supported.*fsdp2"),
     ],
 )
 def test_fsdp_that_endex_does_not_do_is_refused(
