@@ -10,6 +10,7 @@ from retriever import InputError
 from retriever.heads import (
     AdditiveCodebooks,
     CoarseAdditiveCodebooks,
+    CoarseFlatVectors,
     CoarseProductCodebooks,
     FaissExport,
     FlatVectors,
@@ -26,6 +27,7 @@ Kind = Literal[
     "sq4",
     "hnsw",
     "hnsw_sq8",
+    "ivfflat",
     "pq",
     "pq_fastscan",
     "ivfpq",
@@ -39,6 +41,7 @@ Kind = Literal[
 
 AUTO = {
     FlatVectors: "flat",
+    CoarseFlatVectors: "ivfflat",
     ProductCodebooks: "pq",
     CoarseProductCodebooks: "ivfpq",
     AdditiveCodebooks: "rq",
@@ -52,7 +55,8 @@ class IndexConfig:
     """Which FAISS index carries the codes; docs/forms.md describes every kind.
 
     Attributes:
-        kind: "auto": the exact form that the head needs. Head none: "flat", "sq8", "sq4", "hnsw", "hnsw_sq8". Head
+        kind: "auto": the exact form that the head needs. Head none, and cnt without another head inside: "flat",
+            "sq8", "sq4", "hnsw", "hnsw_sq8". Head ivfflat: "ivfflat". Head
             pq: "pq", "pq_fastscan" (4 bits), or "ivfpq" (the form that a GPU takes). Head ivfpq: "ivfpq",
             "ivfpq_fastscan" (4 bits). Head rq: "rq", "rq_fastscan" (4 bits, inner product). Head ivfrq: "ivfrq",
             "ivfrq_fastscan" (4 bits, inner product). Codes that a network decodes: "cascade".
@@ -113,7 +117,9 @@ class IndexConfig:
         Raises:
             InputError: If the kind cannot carry it.
         """
-        learned = isinstance(export, CoarseProductCodebooks | CoarseAdditiveCodebooks | NeuralCodec)
+        learned = isinstance(
+            export, CoarseFlatVectors | CoarseProductCodebooks | CoarseAdditiveCodebooks | NeuralCodec
+        )
         if self.nprobe is not None and not learned:
             raise InputError(
                 f"index.nprobe needs a head with inverted lists, got {self.nprobe}. Leave it out, or train with the "

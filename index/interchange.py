@@ -158,7 +158,7 @@ class CodeSource:
         self.export: FaissExport = self.head.export()
         self.ids = Lines(folder / "docid")
         self.has_texts = (folder / "documents.jsonl").is_file()
-        if not isinstance(self.export, FlatVectors) and not (folder / "codes.u8").is_file():
+        if type(self.export) is not FlatVectors and not (folder / "codes.u8").is_file():
             raise InputError(f"{folder} holds no codes, so it cannot be converted. Export its corpus again.")
 
     def __len__(self) -> int:
@@ -201,7 +201,7 @@ class CodeSource:
 
     def vectors(self) -> Iterator[Float[NDArray[np.float32], "n D"]]:
         """Yield the vectors that documents are scored by, block by block, in the space of (mapped) queries."""
-        if isinstance(self.export, FlatVectors):
+        if type(self.export) is FlatVectors:
             built = load_faiss().read_index(str(self.folder / "index"))
             for start in range(0, len(self), BLOCK):
                 yield built.reconstruct_n(start, min(BLOCK, len(self) - start))

@@ -15,6 +15,7 @@ from retriever.errors import InputError
 from retriever.heads import (
     AdditiveCodebooks,
     CoarseAdditiveCodebooks,
+    CoarseFlatVectors,
     CoarseProductCodebooks,
     FaissExport,
     FlatVectors,
@@ -49,8 +50,11 @@ class Cell:
 
 def _exports(metric: Metric) -> dict[str, FaissExport]:
     """Return the smallest export of every type, with 8 and with 4 bits, by name."""
-    exports: dict[str, FaissExport] = {"none": FlatVectors(dim=4, metric=metric)}
     lists = torch.zeros(3, 4)
+    exports: dict[str, FaissExport] = {
+        "none": FlatVectors(dim=4, metric=metric),
+        "ivfflat": CoarseFlatVectors(dim=4, metric=metric, centroids=lists),
+    }
     words = {bits: torch.zeros(2, 2**bits, 2) for bits in (8, 4)}
     sums = {bits: torch.zeros(2, 2**bits, 4) for bits in (8, 4)}
     for bits, books in words.items():

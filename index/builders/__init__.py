@@ -5,6 +5,7 @@ from index.builders.cascade import CascadeBuilder
 from index.builders.flat import FlatBuilder
 from index.builders.hnsw import HNSWBuilder
 from index.builders.hnsw_sq8 import HNSWSQ8Builder
+from index.builders.ivfflat import IVFFlatBuilder
 from index.builders.ivfpq import IVFPQBuilder
 from index.builders.ivfpq_fastscan import IVFPQFastScanBuilder
 from index.builders.ivfrq import IVFRQBuilder
@@ -24,6 +25,7 @@ BUILDERS: dict[str, type[IndexBuilder]] = {
     "hnsw_sq8": HNSWSQ8Builder,
     "pq": PQBuilder,
     "pq_fastscan": PQFastScanBuilder,
+    "ivfflat": IVFFlatBuilder,
     "ivfpq": IVFPQBuilder,
     "ivfpq_fastscan": IVFPQFastScanBuilder,
     "rq": RQBuilder,
@@ -40,6 +42,7 @@ __all__ = [
     "FlatBuilder",
     "HNSWBuilder",
     "HNSWSQ8Builder",
+    "IVFFlatBuilder",
     "IVFPQBuilder",
     "IVFPQFastScanBuilder",
     "IVFRQBuilder",

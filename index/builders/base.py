@@ -18,6 +18,7 @@ from retriever.errors import InputError
 from retriever.heads import (
     AdditiveCodebooks,
     CoarseAdditiveCodebooks,
+    CoarseFlatVectors,
     CoarseProductCodebooks,
     CompressionHead,
     FaissExport,
@@ -145,7 +146,7 @@ def check_export(export: FaissExport) -> None:
     Each codebook needs a power of two of codewords, 2 to 65536; centroids and rotation need the dimension of the
     codebooks.
     """
-    if isinstance(export, NeuralCodec) and export.centroids is not None:
+    if isinstance(export, NeuralCodec | CoarseFlatVectors) and export.centroids is not None:
         _check_shape("centroids", export.centroids, (len(export.centroids), export.dim))
     if not isinstance(export, ProductCodebooks | AdditiveCodebooks):
         return
@@ -220,7 +221,7 @@ def code_bytes(export: FaissExport) -> int:
 
 def num_lists(export: FaissExport) -> int:
     """Return J, or 0 where there are no lists."""
-    if isinstance(export, CoarseProductCodebooks | CoarseAdditiveCodebooks):
+    if isinstance(export, CoarseFlatVectors | CoarseProductCodebooks | CoarseAdditiveCodebooks):
         return len(export.centroids)
     if isinstance(export, NeuralCodec) and export.centroids is not None:
         return len(export.centroids)

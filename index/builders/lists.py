@@ -12,7 +12,7 @@ import numpy as np
 from index._faiss import load_faiss
 from index.builders.base import FaissIndex
 from retriever.errors import InputError
-from retriever.heads import CoarseAdditiveCodebooks, CoarseProductCodebooks, FaissExport
+from retriever.heads import CoarseAdditiveCodebooks, CoarseFlatVectors, CoarseProductCodebooks, FaissExport
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -34,7 +34,8 @@ def default_nprobe(nprobe: int | None, num_lists: int) -> int:
 
 def learned_centroids(export: FaissExport) -> Float[NDArray[np.float32], "J D"]:
     """Return the centroids of an export with lists."""
-    assert isinstance(export, CoarseProductCodebooks | CoarseAdditiveCodebooks), "checked by the builder"
+    listed = CoarseFlatVectors | CoarseProductCodebooks | CoarseAdditiveCodebooks
+    assert isinstance(export, listed), "checked by the builder"
     return np.ascontiguousarray(export.centroids.numpy(), dtype=np.float32)
 
 

@@ -3,6 +3,7 @@
 from retriever.heads.base import (
     AdditiveCodebooks,
     CoarseAdditiveCodebooks,
+    CoarseFlatVectors,
     CoarseProductCodebooks,
     CompressionHead,
     FaissExport,
@@ -17,6 +18,7 @@ from retriever.heads.base import (
     unpack_codes,
 )
 from retriever.heads.cnt import CNT, CNTConfig
+from retriever.heads.ivfflat import IVFFlat, IVFFlatConfig
 from retriever.heads.ivfpq import IVFProductQuantizer, IVFProductQuantizerConfig
 from retriever.heads.ivfrq import IVFResidualQuantizer, IVFResidualQuantizerConfig
 from retriever.heads.none import NoCompression, NoCompressionConfig
@@ -36,6 +38,7 @@ HEADS: dict[str, type[HeadConfig]] = {
     "qinco2": QINCo2Config,
     "unq": UNQConfig,
     "cnt": CNTConfig,
+    "ivfflat": IVFFlatConfig,
 }
 
 __all__ = [
@@ -45,12 +48,15 @@ __all__ = [
     "AdditiveCodebooks",
     "CNTConfig",
     "CoarseAdditiveCodebooks",
+    "CoarseFlatVectors",
     "CoarseProductCodebooks",
     "CompressionHead",
     "FaissExport",
     "FlatVectors",
     "HeadConfig",
     "HeadOutput",
+    "IVFFlat",
+    "IVFFlatConfig",
     "IVFProductQuantizer",
     "IVFProductQuantizerConfig",
     "IVFResidualQuantizer",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdditiveCodebooks",
     "CoarseAdditiveCodebooks",
+    "CoarseFlatVectors",
     "CoarseProductCodebooks",
     "CompressionHead",
     "FaissExport",
@@ -103,6 +104,17 @@ class FlatVectors(FaissExport):
     """Uncompressed float32 vectors of `dim` dimensions."""
 
     dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoarseFlatVectors(FlatVectors):
+    """Uncompressed float32 vectors in inverted lists.
+
+    Attributes:
+        centroids: One of each inverted list, (J, D) float32.
+    """
+
+    centroids: Float[Tensor, "J D"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,7 @@ from retriever import InputError
 from retriever.heads import (
     AdditiveCodebooks,
     CoarseAdditiveCodebooks,
+    CoarseFlatVectors,
     CoarseProductCodebooks,
     FaissExport,
     FlatVectors,
@@ -48,6 +49,7 @@ FORMS: list[tuple[str, int, str, dict[str, Any]]] = [
     ("sq4", 32, "flat", {}),
     ("hnsw", 32, "flat", {}),
     ("hnsw_sq8", 32, "flat", {}),
+    ("ivfflat", 32, "coarse flat", {}),
     *[("pq", bits, "product", {}) for bits in (4, 6, 8)],
     *[("ivfpq", bits, "product", {"nlist": 3}) for bits in (4, 8)],
     *[("ivfpq", bits, "coarse product", {}) for bits in (4, 6, 8)],
@@ -160,6 +162,14 @@ def make_case(
         export: FaissExport = FlatVectors(dim=dim, metric=metric)
         exact = exact_scores(queries, decoded, metric)
         return Case(builder, export, stored.view(np.uint8), queries, decoded, exact)
+    if family == "coarse flat":
+        stored = vectors.astype(np.float32)
+        centroids = stored[random.choice(N, J, replace=False)]
+        lists = nearest(stored, centroids)
+        export = CoarseFlatVectors(dim=dim, metric=metric, centroids=torch.from_numpy(centroids))
+        packed = np.hstack([pack_list_numbers(lists, J), stored.view(np.uint8)])
+        decoded = stored.astype(np.float64)
+        return Case(builder, export, packed, queries, decoded, exact_scores(queries, decoded, metric))
     rotation = np.linalg.qr(random.normal(size=(dim, dim)))[0].astype(np.float32) if rotated else np.eye(dim)
     z = vectors @ rotation.astype(np.float64).T
     centroids = z[random.choice(N, J, replace=False)].astype(np.float32)
@@ -187,7 +197,7 @@ def cells() -> Iterator[Any]:
     for kind, bits, family, options in FORMS:
         for metric in METRICS:
             for rotated in (False, True):
-                if (kind, metric) in REFUSED or (rotated and family == "flat"):
+                if (kind, metric) in REFUSED or (rotated and "flat" in family):
                     continue
                 for seed in SEEDS:
                     words = [kind, family, f"{bits}bits", metric, *map(str, options.values())]
@@ -293,13 +303,14 @@ def first_bytes(built: FaissIndex, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "made",
-    [cell for cell in cells() if cell.values[0][0] in ("flat", "pq", "ivfpq", "rq", "ivfrq")],
+    [cell for cell in cells() if cell.values[0][0] in ("flat", "ivfflat", "pq", "ivfpq", "rq", "ivfrq")],
     indirect=True,
 )
 def test_codes_inside_are_ours_byte_for_byte(made: Made) -> None:
     """Byte m of a code, before the bits of a norm begin."""
     case, built = made
-    prefix = 1 if isinstance(case.export, CoarseProductCodebooks | CoarseAdditiveCodebooks) else 0
+    lists = CoarseFlatVectors | CoarseProductCodebooks | CoarseAdditiveCodebooks
+    prefix = 1 if isinstance(case.export, lists) else 0
     ours = case.packed[:, prefix:]
     if isinstance(case.export, AdditiveCodebooks):  # a norm may begin within the last byte
         bits = case.export.codebooks.shape[0] * (case.export.codebooks.shape[1].bit_length() - 1)
@@ -737,6 +748,7 @@ def test_configuration_makes_the_builder(form: tuple[str, int, str, dict[str, An
         ("additive", "rq"),
         ("coarse additive", "ivfrq"),
         ("flat", "flat"),
+        ("coarse flat", "ivfflat"),
     ],
 )
 def test_kind_auto_is_exact(family: str, kind: str) -> None:

@@ -22,6 +22,7 @@ from retriever.heads import (
     CNTConfig,
     CompressionHead,
     HeadConfig,
+    IVFFlatConfig,
     IVFProductQuantizerConfig,
     IVFResidualQuantizerConfig,
     NoCompressionConfig,
@@ -141,6 +142,7 @@ CONFIGS: dict[str, list[HeadConfig]] = {
     ],
     "cnt": [
         CNTConfig(expansion=2, tokens=3),
+        CNTConfig(inner=IVFFlatConfig(num_lists=5)),
         CNTConfig(
             tokens=8,
             start="sparse",
@@ -152,6 +154,10 @@ CONFIGS: dict[str, list[HeadConfig]] = {
             mlp_ratio=2,
             inner=IVFProductQuantizerConfig(num_lists=5, num_codebooks=4, codebook_bits=4),
         ),
+    ],
+    "ivfflat": [
+        IVFFlatConfig(num_lists=5),
+        IVFFlatConfig(num_lists=257, metric="inner_product", list_assignment="frozen", distortion_weight=0.0),
     ],
 }
 every_head = pytest.mark.parametrize(
