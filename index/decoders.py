@@ -38,7 +38,7 @@ __all__ = [
     "save_decoders",
 ]
 
-ROWS = 4096  # documents that the network decodes at once
+ROWS = 4096  # documents decoded, or summed in float64, at once
 RIDGE = 1e-3  # documents that pull a codeword to the mean; solves what the codes leave undetermined
 CHOICE = 65_536  # documents by which the pairs are chosen
 LIST_CODES = 5  # of a centroid, where there are more lists than values of a code (QINCo2)
@@ -128,8 +128,12 @@ def _normal_equations(
 ) -> tuple[Float[Tensor, "MK MK"], Float[Tensor, "MK D"]]:
     """Return how often two values meet in a document, and the sums of the centred targets by value."""
     books = codes.shape[1]
-    gram = torch.zeros(books, codewords, books, codewords, dtype=torch.float64)
     right = torch.zeros(books, codewords, targets.shape[1], dtype=torch.float64)
+    for rows in torch.arange(len(codes)).split(ROWS):  # float64 of some documents only
+        centred = targets[rows].double() - mean
+        for book in range(books):
+            right[book].index_add_(0, codes[rows, book], centred)
+    gram = torch.zeros(books, codewords, books, codewords, dtype=torch.float64)
     for book in range(books):
         counts = torch.bincount(codes[:, book], minlength=codewords).double()
         gram[book, :, book].diagonal().copy_(counts)
@@ -137,8 +141,6 @@ def _normal_equations(
             met = torch.bincount(codes[:, book] * codewords + codes[:, other], minlength=codewords**2)
             gram[book, :, other] = met.view(codewords, codewords)
             gram[other, :, book] = gram[book, :, other].T
-        for rows in torch.arange(len(codes)).split(1 << 16):  # float64 of some documents only
-            right[book].index_add_(0, codes[rows, book], targets[rows].double() - mean)
     return gram.view(books * codewords, -1), right.view(books * codewords, -1)
 
 

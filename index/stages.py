@@ -154,7 +154,7 @@ class Cascade:
         shortlist = min(shortlist, len(self.codes))
         size = max(1, BATCH_NUMBERS // (shortlist * self.export.dim))
         parts = []
-        for start in range(0, len(queries), size):
+        for start in range(0, max(1, len(queries)), size):
             part = np.ascontiguousarray(queries[start : start + size], dtype=np.float32)
             with self.times.stage("shortlist"):
                 found = self._shortlist(part, shortlist, nprobe, rows)

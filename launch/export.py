@@ -159,7 +159,8 @@ def describe_report(out: str, report: ExportReport | ShardReport) -> str:
         return f"{out}: {report.ntotal:,} documents, {report.code_size} bytes each\n  {seconds}"
     proof = f"{report.overlap:.1%} of the model's 20 best documents are among FAISS's"
     if report.parity < 1e-4:
-        proof = f"FAISS scores = model scores within {report.parity:.1e}"
+        found = "" if report.overlap == 1 else f"; {proof}"
+        proof = f"FAISS scores = model scores within {report.parity:.1e}{found}"
     return (
         f"{out}: {report.ntotal:,} documents, {report.code_size} bytes each, index file "
         f"{report.index_bytes:,} bytes\n"

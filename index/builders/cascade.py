@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CascadeBuilder"]
 
+MOST_UNKNOWNS = 1 << 15  # M K of the least squares, whose matrix of float64 takes 8.6 GB then
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CascadeBuilder(IndexBuilder):
@@ -103,6 +105,12 @@ class CascadeBuilder(IndexBuilder):
             raise InputError(
                 f"list_codes must leave a code, and make at most 2**24 lists; got {self.list_codes} of "
                 f"{export.num_codes} codes of {export.code_bits} bits. Choose fewer."
+            )
+        unknowns = export.num_codes << export.code_bits
+        if unknowns > MOST_UNKNOWNS:
+            raise InputError(
+                f"the linear decoder of {export.num_codes} codes of {export.code_bits} bits has {unknowns} codewords, "
+                f"and at most {MOST_UNKNOWNS} can be solved for. Train with fewer or smaller codes."
             )
         lists = num_lists(export) or self.list_codes
         if not lists and (self.nprobe is not None or self.hnsw_lists):

@@ -279,6 +279,12 @@ def test_batches_are_cut_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> Non
     assert np.abs(scores - again).max() < 1e-5
 
 
+def test_no_query_has_no_answer() -> None:
+    case = make_case()
+    scores, rows = case.cascade(CascadeBuilder(pairs=0)).search(case.queries[:0], 7)
+    assert scores.shape == rows.shape == (0, 7)
+
+
 def test_stages_are_timed_by_query() -> None:
     case = make_case()
     cascade = case.cascade(CascadeBuilder(shortlist=50, rerank=20, pairs=3))
@@ -370,6 +376,12 @@ def test_options_without_meaning_are_refused(options: dict[str, Any], lists: int
     head = TinyNeuralConfig(lists=lists).build(D)
     with pytest.raises(InputError, match=fault):
         IndexConfig(kind="cascade", **options).builder(head.export())
+
+
+def test_more_codewords_than_can_be_solved_for_are_refused() -> None:
+    export = NeuralCodec(dim=D, num_codes=4, code_bits=14)
+    with pytest.raises(InputError, match=r"has 65536 codewords, and at most 32768 can be solved for"):
+        IndexConfig().builder(export)
 
 
 def test_widths_are_at_least_one() -> None:
