@@ -66,7 +66,7 @@ def fit_decoders(
     own = numbers if export.centroids is None else numbers[:, 1:]
     export = replace(export, additive=fit_additive(own, targets, 2**export.code_bits))
     count = default_pairs(export, len(codes)) if pairs is None else pairs
-    if not count:
+    if not count or numbers.shape[1] < 2:  # a single code has no pair
         return export
     if export.centroids is not None:
         export = replace(export, list_codes=_code_lists(export, numbers[:, 0]))

@@ -1,4 +1,4 @@
-"""QINCo's and QINCo2's heads, with lists and without, become folders that are searched, merged and served.
+"""The heads of QINCo, QINCo2 and UNQ, with lists and without, become folders that are searched, merged and served.
 
 The networks are random, and far from their start, so that no linear decoder is exact.
 """
@@ -21,7 +21,8 @@ from launch.serving.config import ServeConfig
 from launch.serving.server import Server
 from retriever import Document, DualEncoderConfig, InputError, embed_documents, read_corpus
 from retriever.dual_encoder import load_head
-from retriever.heads import HeadConfig, QINCo2Config, QINCoConfig
+from retriever.heads import HeadConfig, QINCo2Config, QINCoConfig, UNQConfig
+from retriever.heads.neural import NeuralQuantizer
 from retriever.scores import score_matrix
 
 SIZE: dict[str, Any] = {"num_codebooks": 4, "codebook_bits": 4, "hidden": 8, "num_blocks": 1}
@@ -29,6 +30,7 @@ HEADS: dict[str, HeadConfig] = {
     "qinco": QINCoConfig(**SIZE),
     "qinco in lists": QINCoConfig(**SIZE, num_lists=20, metric="inner_product"),
     "qinco2 in lists": QINCo2Config(**SIZE, width=8, candidates=4, beam=2, num_lists=8),
+    "unq": UNQConfig(num_codebooks=4, codebook_bits=4, code_dim=8, hidden=16, start_steps=5, start_batch=32),
 }
 every_head = pytest.mark.parametrize("name", HEADS)
 CONFIG = IndexConfig(kind="cascade", shortlist=60, rerank=50, pairs=3)
@@ -57,9 +59,10 @@ def folders(
         torch.manual_seed(0)
         model = DualEncoderConfig(encoder=str(tiny_model), document_max_length=32).build(head).eval()
         model.head.warm_start(embed_documents(model, documents), FaissFit(), 0)
-        with torch.no_grad():
-            for parameter in model.head.networks.parameters():
-                parameter.add_(0.1 * torch.randn(parameter.shape))
+        if isinstance(model.head, NeuralQuantizer):
+            with torch.no_grad():
+                for parameter in model.head.networks.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape))
         folder, index = (tmp_path_factory.mktemp("neural") / part for part in ("model", "index"))
         model.save(folder, files={"experiment.yaml": "seed: 1"})
         export_index(folder, iter(documents), index, config=CONFIG, device="cpu", progress=False)
