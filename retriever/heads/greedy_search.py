@@ -7,9 +7,9 @@ here are the same:
   are K contexts at most.
 - The concatenation and the first U are linear: a part of the codeword, computed once a call, and a part of the context.
 - Where it is less work, U_l V_j are multiplied once, and a block's hidden units are computed from those before it.
-- The last V is applied to pairs only that can win. With u = known + sum_l V_l a_l, both r . u and the projection of u
-  on a few directions Q cost a few numbers a hidden unit, and ||r - u||^2 >= ||r||^2 - 2 r . u + ||Q^T u||^2. A pair
-  is out where that is above the distance of the most promising pair.
+- Where that pays (D above L H / 4), the last V is applied to pairs only that can win. With u = known + sum_l V_l a_l,
+  both r . u and the projection of u on a few directions Q cost a few numbers a hidden unit, and ||r - u||^2 >=
+  ||r||^2 - 2 r . u + ||Q^T u||^2. A pair is out where that is above the distance of the most promising pair.
 
 Shapes: N vectors, D dimensions, K codewords, H hidden units, G contexts, R rows worked on at once, P = R K pairs,
 Q directions.
@@ -147,8 +147,10 @@ class GreedyStep:
         codes = torch.empty_like(groups)
         order, sizes = groups.argsort(), groups.bincount(minlength=len(contexts))
         single = sizes[groups[order]] == 1
+        # the bounds cost as much as the last products where those are small
+        choose_alone = self._choose_by_bounds if self.pairs.folded else self._choose_by_distances
         for part in _parts(order[single], self.rows):
-            codes[part] = self._choose_alone(residual[part], contexts[groups[part]])
+            codes[part] = choose_alone(residual[part], contexts[groups[part]])
         members = order[~single]
         for part in _parts((sizes > 1).nonzero()[:, 0], self.rows):
             several = sizes[part].tolist()
@@ -164,10 +166,17 @@ class GreedyStep:
         parts = zip(residual.split(sizes), u, strict=True)
         return torch.cat([squared_distances(some[None], words)[0].argmin(1) for some, words in parts])
 
-    def _choose_alone(
+    def _choose_by_distances(
         self, residual: Float[Tensor, "R D"], contexts: Float[Tensor, "R D"]
     ) -> Int[Tensor, " R"]:
-        """Return the codes of vectors that share no context."""
+        """Return the codes of vectors that share no context, from all pairs whole."""
+        u = self.pairs(contexts).whole().view(len(contexts), len(self.codewords), -1)
+        return torch.linalg.vector_norm(u.sub_(residual[:, None]), dim=-1).argmin(1)
+
+    def _choose_by_bounds(
+        self, residual: Float[Tensor, "R D"], contexts: Float[Tensor, "R D"]
+    ) -> Int[Tensor, " R"]:
+        """Return the codes of vectors that share no context, from the pairs whole that can win."""
         count, size = len(residual), len(self.codewords)
         pairs = self.pairs(contexts)
         lower = self._bounds(residual, pairs)  # (R, K), of ||r - u||^2 - ||r||^2

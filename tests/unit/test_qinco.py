@@ -85,6 +85,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one block": {"num_blocks": 1},
     "four blocks": {"num_blocks": 4},
+    "many hidden units": {"hidden": 64},
     "few hidden units": {"hidden": 5, "num_blocks": 3},
     "low rank": {"concat_rank": 6},
     "lists": {"num_lists": 7},
