@@ -53,20 +53,19 @@ class ChunkedRound(Round):
         queries.requires_grad_(_trains(model.query_encoder))
         documents.requires_grad_(_trains(model.document_encoder) and not known)
         towers = queries.requires_grad or documents.requires_grad
-        with self._synchronized(last and not towers):
-            result = self._head_and_loss(queries, documents, batches, compress)
+        alone = last and not towers  # no second pass in which devices could average their gradients
+        with self._synchronized(alone):
+            result = self._head_and_loss(queries, documents, batches, compress, zero=alone)
         if towers:
-            ends = len(batches) - 1
             wanted = zip(
                 _split(queries.grad, [len(vectors.queries) for vectors in first]),
                 _split(documents.grad, [len(vectors.documents) for vectors in first]),
                 strict=True,
             )
             for number, gradients in enumerate(wanted):
-                with self._synchronized(last and number == ends), states[number].replayed():
-                    vectors = self._embed(batches[number])
-                    self._check_repeated(vectors, first[number])
-                    _backward((vectors.queries, vectors.documents), gradients)
+                end = number == len(batches) - 1
+                with self._synchronized(last and end), states[number].replayed():
+                    self._second_pass(batches[number], first[number], gradients)
         return result
 
     def _embed(self, batch: PreparedBatch) -> Embeddings:
@@ -74,8 +73,28 @@ class ChunkedRound(Round):
         vectors: Embeddings = self.run.wrapped(batch.tokens, False, batch.known)
         return vectors
 
+    def _second_pass(
+        self, batch: PreparedBatch, first: Embeddings, gradients: tuple[Tensor | None, Tensor | None]
+    ) -> None:
+        """Encode a chunk once more, and go back; what has no gradient is not encoded, or DDP would wait for it."""
+        queries, documents = gradients
+        vectors: Embeddings = self.run.wrapped(
+            batch.tokens,
+            False,
+            first.documents if documents is None else None,
+            first.queries if queries is None else None,
+        )
+        self._check_repeated(vectors, first)
+        _backward((vectors.queries, vectors.documents), gradients)
+
     def _head_and_loss(
-        self, queries: Tensor, documents: Tensor, batches: Sequence[PreparedBatch], compress: bool
+        self,
+        queries: Tensor,
+        documents: Tensor,
+        batches: Sequence[PreparedBatch],
+        compress: bool,
+        *,
+        zero: bool,
     ) -> RoundResult:
         """Return the loss parts; give the head's parameters and the towers' vectors their gradients."""
         run, tokens = self.run, _join([batch.tokens for batch in batches])
@@ -97,6 +116,9 @@ class ChunkedRound(Round):
             parts |= {name: value.detach() for name, value in head_losses.items()}
             outputs.append(self._scaled(self._sum(head_losses)))
             gradients.append(torch.ones_like(outputs[-1]))
+        if zero and run.processes > 1:
+            outputs.append(self._zero(vectors))
+            gradients.append(torch.zeros_like(outputs[-1]))
         _backward(outputs, gradients)
         originals = joined.documents if joined.mapped is None else joined.mapped
         return RoundResult(parts, originals.detach(), joined.reconstruction.detach())

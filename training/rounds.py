@@ -98,6 +98,13 @@ class Round(ABC):
         whole = self.optimization.cross_device == "full" and self.optimization.world_scale == "exact"
         return self.run.processes if whole and not name.startswith("head_") else 1
 
+    def _zero(self, vectors: Embeddings) -> Tensor:
+        """Return 0 with a path to all vectors: DDP waits for the gradient of what it has returned, used or not."""
+        own = (vectors.queries, vectors.documents, vectors.mapped_queries)
+        head = vectors.compressed
+        made = (*own, head.reconstruction, head.mapped, head.coarse, head.log_assignment)
+        return 0 * torch.stack([v.sum() for v in made if v is not None and v.requires_grad]).sum()
+
     def _synchronized(self, last: bool) -> AbstractContextManager[None]:
         """Return the context of a backward pass: only the last of a step averages over the devices."""
         return nullcontext() if last else self.run.accelerator.no_sync(self.run.wrapped)
@@ -124,6 +131,6 @@ class WholeRound(Round):
             loss = self._sum(parts)
             if not loss.requires_grad:
                 raise InputError(NOTHING_LEARNS)
-            run.accelerator.backward(loss)
+            run.accelerator.backward(loss if run.processes == 1 else loss + self._zero(vectors))
         detached = {name: value.detach() for name, value in parts.items()}
         return RoundResult(detached, scored.originals.detach(), scored.reconstruction.detach())

@@ -353,7 +353,9 @@ def make_experiment(model: Path, data: Path, output: Path, estimator: str) -> Ex
     return Experiment(
         output=str(output),
         model=DualEncoderConfig(encoder=str(model), query_max_length=16, document_max_length=32),
-        head=ProductQuantizerConfig(num_codebooks=4, codebook_bits=4, estimator=estimator),
+        head=ProductQuantizerConfig(  # no OPQ, which makes much of the last bits of vectors
+            num_codebooks=4, codebook_bits=4, estimator=estimator, rotation="none"
+        ),
         loss=MCLConfig(),
         data=DataConfig(source=str(data), negatives_per_query=1),
         optimization=OptimizationConfig(
