@@ -18,17 +18,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import common
 import torch
+from pairs import write_pairs
 from tqdm.auto import tqdm
 
-from launch.pycode import build_pycode
-from retriever import Document, DualEncoderConfig, Encoder, RetrievalData, TokenBatch, read_data
+from retriever import Document, DualEncoderConfig, Encoder, TokenBatch
+from retriever.encoder import resolve_model
 from retriever.heads import HeadConfig, IVFProductQuantizerConfig, NoCompressionConfig, ProductQuantizerConfig
 from training import Experiment, Trainer
 from training.experiment import DataConfig, EvaluationConfig, OptimizationConfig
@@ -61,7 +61,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        pairs = write_pairs(options, folder / "data")
+        pairs = write_pairs(options.data, options.batch_size * options.steps, folder / "data")
         tokens, flops = count(options, pairs)
         found: dict[str, list[dict[str, float]]] = {}
         names = contenders(options)
@@ -153,39 +153,6 @@ def device_name() -> str:
 # --- data ---
 
 
-def write_pairs(options: Any, folder: Path) -> list[tuple[str, Document]]:
-    """Write a BEIR folder of as many pairs as a run trains, no document twice; return them."""
-    source = options.data or folder.with_name("pycode")
-    if options.data is None:
-        build_pycode(source)
-    whole, wanted = read_data(source, "train"), options.batch_size * options.steps
-    chosen: dict[str, str] = {}  # document -> query
-    for query, relevant in whole.qrels.items():
-        chosen.setdefault(next(iter(relevant)), query)
-    if len(chosen) < wanted:
-        raise SystemExit(f"{source} has {len(chosen)} pairs; {options.steps} steps need {wanted}.")
-    pairs = dict(islice(chosen.items(), wanted))
-    write_beir(whole, pairs, folder)
-    return [(whole.queries[query], whole.documents[document]) for document, query in pairs.items()]
-
-
-def write_beir(whole: RetrievalData, pairs: dict[str, str], folder: Path) -> None:
-    import json
-
-    (folder / "qrels").mkdir(parents=True)
-    documents = [whole.documents[name] for name in pairs]
-    tables = {
-        "corpus": [{"_id": d.id, "title": d.title, "text": d.text} for d in documents],
-        "queries": [{"_id": query, "text": whole.queries[query]} for query in pairs.values()],
-    }
-    for name, entries in tables.items():
-        text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    lines = [f"{query}\t{document}\t1\n" for document, query in pairs.items()]
-    for split, part in (("train", lines), ("dev", lines[:4])):
-        (folder / "qrels" / f"{split}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(part))
-
-
 def count(options: Any, pairs: list[tuple[str, Document]]) -> tuple[float, float]:
     """Return tokens of a pair, and floating point operations of forward and backward: 6 a weight and token.
 
@@ -269,8 +236,6 @@ def train_rival(options: Any, contender: Contender, folder: Path, pairs: list[tu
             self.ended = now()
 
     on_cpu = not torch.cuda.is_available()
-    from retriever.encoder import resolve_model
-
     model = SentenceTransformer(resolve_model(options.model), device="cpu" if on_cpu else "cuda")
     model.max_seq_length = options.max_length
     data = Dataset.from_dict(

@@ -137,7 +137,9 @@ class FaissFit:
         inner = faiss.ProductQuantizer(dim, num_codebooks, codebook_bits)
         _quieten(inner, seed)
         opq.pq = inner
-        opq.train(x)
+        opq.train(
+            np.tile(x, (-(-dim // len(x)), 1))
+        )  # FAISS writes where it must not if they are fewer than D
         opq.pq = None  # `inner` stays ours to free
         matrix: NDArray[np.float32] = faiss.vector_to_array(opq.A).reshape(dim, dim)
         return matrix

@@ -60,7 +60,7 @@ def learning_rate_factor(step: int, steps: int, config: OptimizationConfig) -> f
     return falls[config.schedule]
 
 
-def clip_gradients(model: DualEncoder, limit: float) -> dict[str, float]:
+def clip_gradients(model: DualEncoder, limit: float) -> dict[str, Tensor]:
     """Clip the gradients of towers and head, each to the norm; return the norms before."""
     norms = {}
     towers = [p for name, p in model.named_parameters() if not name.startswith("head.")]
@@ -68,7 +68,7 @@ def clip_gradients(model: DualEncoder, limit: float) -> dict[str, float]:
         if any(p.grad is not None for p in parameters):
             sharded = any(isinstance(p, DTensor) for p in parameters)
             clip = clip_norm if sharded else nn.utils.clip_grad_norm_
-            norms[f"train/grad_norm_{name}"] = clip(parameters, limit).item()
+            norms[f"train/grad_norm_{name}"] = clip(parameters, limit)
     return norms
 
 

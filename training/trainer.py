@@ -117,8 +117,9 @@ class Trainer:
                 row = self._step(step, rounds)
                 run.progress.step = step + 1
                 if self._due(config.tracking.every):
-                    log.log(step + 1, self._collect(row))
-                    bar.set_postfix(loss=f"{row['train/loss']:.3f}", refresh=False)
+                    values = self._collect(row)
+                    log.log(step + 1, values)
+                    bar.set_postfix(loss=f"{values['train/loss']:.3f}", refresh=False)
                 if stop.agreed(run.accelerator.device):
                     raise Preempted(step + 1, run.save_checkpoint())
                 self._evaluate_if_due(log)
@@ -126,13 +127,13 @@ class Trainer:
                     run.save_checkpoint()
                 bar.update()
 
-    def _step(self, step: int, rounds: Iterator[list[TokenBatch]]) -> dict[str, float]:
-        """Run one optimizer step; return the values to log."""
+    def _step(self, step: int, rounds: Iterator[list[TokenBatch]]) -> dict[str, Tensor | float]:
+        """Run one optimizer step; return the values to log, as the device has them: none is waited for."""
         run, optimization = self.run, self.experiment.optimization
         run.wrapped.train()
         for tower in (run.model.query_encoder, run.model.document_encoder):
             tower.train(optimization.dropout and any(p.requires_grad for p in tower.parameters()))
-        row: dict[str, float] = defaultdict(float)
+        row: dict[str, Tensor | float] = defaultdict(float)
         factor = learning_rate_factor(step, run.steps, optimization)
         for group in run.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -140,8 +141,7 @@ class Trainer:
         for number, chunks in enumerate(islice(rounds, optimization.accumulation)):
             seen = self._round(chunks, compress=compress, last=number == optimization.accumulation - 1)
             for name, value in seen.parts.items():
-                row[f"train/loss_{name}"] += self._mean(value) / optimization.accumulation
-        row["train/loss"] = sum(value for name, value in row.items() if name.startswith("train/loss_"))
+                row[f"train/loss_{name}"] += value / optimization.accumulation
         if run.sharded:
             average_replicated(run.state.children())
         run.accelerator.unscale_gradients()
@@ -155,11 +155,13 @@ class Trainer:
         self._pairs += optimization.batch_size
         return {**row, "train/lr": run.optimizer.param_groups[0]["lr"]}
 
-    def _care_for_codebooks(self, step: int, seen: RoundResult) -> dict[str, float]:
+    def _care_for_codebooks(self, step: int, seen: RoundResult) -> dict[str, Tensor | float]:
         """Measure the codebooks' use and distortion; restart dead codewords."""
         run, head = self.run, self.run.model.head
-        error = (seen.originals - seen.reconstruction).square().sum(1).mean().item()
-        row = {"head/distortion": error, **{f"head/{k}": v for k, v in head.usage_statistics().items()}}
+        error = (seen.originals - seen.reconstruction).square().sum(1).mean()
+        row: dict[str, Tensor | float] = {"head/distortion": error}
+        if self._due(self.experiment.tracking.every, step + 1):
+            row |= {f"head/{name}": value for name, value in head.usage_statistics().items()}
         generator = torch.Generator().manual_seed(self._seed(step, rank=0))
         forget(run.optimizer, head.restart_dead_codes(all_gather(seen.originals), generator))
         return row
@@ -222,21 +224,23 @@ class Trainer:
             )
         run.accelerator.wait_for_everyone()
 
-    def _due(self, every: int) -> bool:
+    def _due(self, every: int, step: int | None = None) -> bool:
         """Whether something that happens each `every` steps, and at the end, happens after this step."""
-        run = self.run
-        return run.progress.step == run.steps or (bool(every) and run.progress.step % every == 0)
+        step = self.run.progress.step if step is None else step
+        return step == self.run.steps or (bool(every) and step % every == 0)
 
-    def _mean(self, value: Tensor) -> float:
-        """Return the mean over the processes."""
-        return float(self.run.accelerator.reduce(value.detach(), "mean").item())
-
-    def _collect(self, row: dict[str, float]) -> dict[str, float]:
-        """Add the speed since the last row."""
+    def _collect(self, row: dict[str, Tensor | float]) -> dict[str, float]:
+        """Return the numbers of a row, means over the processes, with the loss and the speed since the last row."""
+        on_device = {name: value for name, value in row.items() if isinstance(value, Tensor)}
+        means = self.run.accelerator.reduce(torch.stack(list(on_device.values())), "mean").tolist()
+        values = {
+            name: float(value) for name, value in {**row, **dict(zip(on_device, means, strict=True))}.items()
+        }
         now = time.perf_counter()
         speed = self._pairs / (now - self._started)
         self._started, self._pairs = now, 0
-        return {**row, "perf/pairs_per_second": speed}
+        loss = sum(value for name, value in values.items() if name.startswith("train/loss_"))
+        return {**values, "train/loss": loss, "perf/pairs_per_second": speed}
 
     def _seed(self, step: int, rank: int | None = None) -> int:
         """Return the seed of a step, of this process unless another rank is given."""

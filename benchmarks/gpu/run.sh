@@ -59,7 +59,7 @@ PY
 status=0
 "$python" -m pytest tests/gpu -m gpu -ra --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.txt" || status=1
 [ -n "$tests_only" ] && exit "$status"
-for name in indexing_time demo; do
+for name in indexing_time demo throughput large_batch; do
   more=()
   [ "$name" = demo ] && more=(--out "$out/demo")
   echo "== benchmarks/$name.py"

@@ -121,3 +121,10 @@ def test_sample_that_is_not_contiguous_gives_the_same_fit() -> None:
 def test_as_many_vectors_as_codewords_are_enough() -> None:
     x = make_sample(0, rows=2**BITS)
     assert squared_error(x, *fit(x, rotate=False)) < 1e-3
+
+
+def test_a_rotation_comes_of_fewer_vectors_than_dimensions() -> None:
+    wide = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))  # FAISS 1.15 ended the process
+    rotation, _ = fit(wide, opq_iterations=3)
+    assert rotation is not None
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(64), rtol=0, atol=1e-4)
