@@ -255,6 +255,11 @@ class DualEncoder(nn.Module):
             return document.vector
         return f"{document.title}{self.title_separator}{document.text}" if document.title else document.text
 
+    def with_own_tokenizers(self) -> DualEncoder:
+        """Return a model over the same weights that may tokenize in another thread."""
+        towers = (self.query_encoder.with_own_tokenizer(), self.document_encoder.with_own_tokenizer())
+        return DualEncoder(*towers, self.head, title_separator=self.title_separator)
+
     def tokenize_queries(self, texts: Sequence[Query]) -> Tokens:
         """Return tokens of queries, prompt included."""
         return self.query_encoder.tokenize(texts, self.query_encoder.settings.query_prompt)

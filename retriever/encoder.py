@@ -8,6 +8,7 @@ text-embeddings-inference all read; pooling, prompts, normalisation and lengths 
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,6 +130,10 @@ class Encoder(nn.Module):
     def with_settings(self, **changes: Any) -> Encoder:
         """Return an encoder with other settings over the same weights."""
         return Encoder(self.backbone, self.tokenizer, replace(self.settings, **changes), self.projection)
+
+    def with_own_tokenizer(self) -> Encoder:
+        """Return an encoder over the same weights for another thread: a tokenizer must not work for two at once."""
+        return Encoder(self.backbone, copy.deepcopy(self.tokenizer), self.settings, self.projection)
 
     def projected(self, dim: int) -> Encoder:
         """Return an encoder whose vectors have `dim` dimensions: itself, or one with a new linear layer behind it."""

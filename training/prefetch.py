@@ -35,7 +35,7 @@ def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
                 if stop.is_set():
                     return
             put([])
-        except BaseException as error:  # noqa: BLE001  raised again where the items are used
+        except BaseException as error:
             put([], error)
 
     thread = Thread(target=fill, name="prefetch", daemon=True)

@@ -43,6 +43,7 @@ from training.evaluate import embed_in_shares, search_exhaustively, select_evalu
 from training.experiment import Experiment, OptimizationConfig
 from training.negatives import BatchPlan, PairDataset
 from training.optimizer import parameter_groups
+from training.prefetch import prefetch
 from training.recipe import dump_experiment
 from training.run_folder import checkpoint_to_continue, clear_leftovers, depends_on_processes
 from training.sharding import ShardedDualEncoder, sharding_wanted, whole, whole_moments
@@ -132,6 +133,7 @@ class TrainingRun:
         ]
         plan = self.plan.steps(self.progress.step, self.steps, slice(None))
         frozen = optimization.freeze != "none"  # documents are then vectors already
+        tokenizing = self.model.with_own_tokenizers()
         loader = DataLoader(
             self.dataset,
             batch_sampler=(
@@ -141,13 +143,14 @@ class TrainingRun:
                 for first in range(0, size, chunk)
             ),
             collate_fn=Collator(
-                self.model.tokenize_queries, (lambda _: {}) if frozen else self.model.tokenize_documents
+                tokenizing.tokenize_queries, (lambda _: {}) if frozen else tokenizing.tokenize_documents
             ),
             generator=torch.Generator(),  # its own, or its start would draw from the step's random numbers
         )
-        batches = iter(loader)
-        while chunks := list(islice(batches, math.ceil(size / chunk))):
-            yield [batch.to(self.accelerator.device) for batch in chunks]
+        chunks = math.ceil(size / chunk)
+        batches = prefetch(loader, depth=2 * chunks)
+        while found := list(islice(batches, chunks)):
+            yield [batch.to(self.accelerator.device) for batch in found]
 
     def embed(self, documents: Sequence[Document]) -> Tensor:
         """Return the current vectors of documents, on the device; every process embeds a share."""
