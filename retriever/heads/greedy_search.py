@@ -17,6 +17,7 @@ Q directions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,7 +31,7 @@ from retriever.heads.step_network import StepNetwork
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["GreedyStep", "greedy_codes"]
+__all__ = ["GreedyStep", "Memory", "greedy_codes"]
 
 BLOCK = 16_384  # vectors that share contexts, to bound memory
 PAIRS = 2048  # pairs at once: their hidden units stay in the caches of a CPU
@@ -60,16 +61,30 @@ class Pairs:
         return self.known
 
 
+class Memory:
+    """Buffers that calls and steps share: fresh pages for every call would take as long as the work in them."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """Return a tensor of a shape, of the type and device of another; it is valid until `name` is taken again."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = like.new_empty(size)
+        return self._buffers[name][:size].view(shape)
+
+
 class PairNetwork:
     """A step's network on all pairs of some contexts and all codewords.
 
     Args:
         codewords: Those of the step, (K, D).
         network: As wide as the vectors.
-        contexts: Most contexts in a call.
+        memory: Where the pairs are.
     """
 
-    def __init__(self, codewords: Float[Tensor, "K D"], network: StepNetwork, contexts: int) -> None:
+    def __init__(self, codewords: Float[Tensor, "K D"], network: StepNetwork, memory: Memory) -> None:
         assert network.project_out is None, "what is known of a pair has as many dimensions as the vectors"
         blocks = network.residual_blocks
         self.network = network
@@ -80,18 +95,18 @@ class PairNetwork:
         dim, hidden = self.ups[0].shape
         self.folded = len(blocks) * hidden < 4 * dim  # L (L - 1) / 2 H^2 < 2 (L - 1) D H
         self.products = [[down @ up for down in self.downs[:place]] for place, up in enumerate(self.ups)]
-        # memory of one's own, as fresh pages for every call would take half the time
-        self._known = codewords.new_empty(contexts, len(codewords), dim)
-        self._units = codewords.new_empty(len(blocks) if self.folded else 2, contexts, len(codewords), hidden)
+        self._memory = memory
 
     def __call__(self, contexts: Float[Tensor, "R D"]) -> Pairs:
         """Return the pairs, each context's together; valid until the next call."""
         count = len(contexts)
         half = self.network.context_half(contexts)
-        known = torch.add(self.base, half[:, None], out=self._known[:count]).flatten(0, 1)
+        known = self._memory.take("known", half, count, *self.base.shape)
+        known = torch.add(self.base, half[:, None], out=known).flatten(0, 1)
         hidden: list[Tensor] = []
         for place, up in enumerate(self.ups):
-            units = self._units[place % len(self._units), :count]
+            name = f"units {place if self.folded else place % 2}"
+            units = self._memory.take(name, half, count, *self.firsts[place].shape)
             if place and not self.folded:
                 known.addmm_(hidden.pop(), self.downs[place - 1])
                 units = torch.mm(known, up, out=units.flatten(0, 1))
@@ -109,19 +124,21 @@ class GreedyStep:
     Args:
         codewords: Those of the step, (K, D).
         network: The step's network, as wide as the vectors; None where codewords are added as they are.
+        memory: Buffers, which steps may share.
     """
 
-    def __init__(self, codewords: Float[Tensor, "K D"], network: StepNetwork | None) -> None:
+    def __init__(self, codewords: Float[Tensor, "K D"], network: StepNetwork | None, memory: Memory) -> None:
         self.codewords = codewords
         self.network = network
         self.rows = max(1, PAIRS // len(codewords))
         if network is None:
             return
-        self.pairs = PairNetwork(codewords, network, self.rows)
+        self.pairs = PairNetwork(codewords, network, memory)
+        if not self.pairs.folded:
+            return
         self.directions = torch.linalg.svd(codewords, full_matrices=False).Vh[:DIRECTIONS].T  # (D, Q)
-        self.rest = self.pairs.base.square().sum(1) - (self.pairs.base @ self.directions).square().sum(
-            1
-        )  # (K,)
+        leading = self.pairs.base @ self.directions
+        self.rest = self.pairs.base.square().sum(1) - leading.square().sum(1)  # (K,)
 
     def added(self, codes: Int[Tensor, " G"], contexts: Float[Tensor, "G D"]) -> Float[Tensor, "G D"]:
         """Return what the step adds to each context by its code."""
@@ -171,7 +188,8 @@ class GreedyStep:
     ) -> Int[Tensor, " R"]:
         """Return the codes of vectors that share no context, from all pairs whole."""
         u = self.pairs(contexts).whole().view(len(contexts), len(self.codewords), -1)
-        return torch.linalg.vector_norm(u.sub_(residual[:, None]), dim=-1).argmin(1)
+        distances: Tensor = torch.linalg.vector_norm(u.sub_(residual[:, None]), dim=-1)
+        return distances.argmin(1)
 
     def _choose_by_bounds(
         self, residual: Float[Tensor, "R D"], contexts: Float[Tensor, "R D"]
@@ -181,9 +199,10 @@ class GreedyStep:
         pairs = self.pairs(contexts)
         lower = self._bounds(residual, pairs)  # (R, K), of ||r - u||^2 - ||r||^2
         first = torch.arange(count, device=residual.device) * size
-        guess = pairs.rows(
-            first + (lower + self.rest).argmin(1)
-        )  # what the bound leaves out is nearly base's
+        promising = (lower + self.rest).argmin(
+            1
+        )  # what the bound leaves out of ||u||^2 is nearly that of base
+        guess = pairs.rows(first + promising)
         squares = residual.square().sum(1)
         upper = (residual - guess).square().sum(1) - squares + ROUNDING * (squares + guess.square().sum(1))
         kept = (lower <= upper[:, None]).flatten().nonzero()[:, 0]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from retriever.errors import InputError
 from retriever.heads.checks import check_choices
-from retriever.heads.greedy_search import GreedyStep, greedy_codes
+from retriever.heads.greedy_search import GreedyStep, Memory, greedy_codes
 from retriever.heads.neural import NeuralQuantizer, NeuralQuantizerConfig
 from retriever.heads.step_network import NetworkStart, StepNetwork
 
@@ -87,7 +87,8 @@ class QINCo(NeuralQuantizer):
         self, z: Float[Tensor, "N D"], starts: Float[Tensor, "J D"], lists: Int[Tensor, " N"]
     ) -> Int[Tensor, "N M"]:
         """Return the best of all codewords of every step."""
-        steps = [GreedyStep(words, self.network(place)) for place, words in enumerate(self.codebooks)]
+        memory = Memory()
+        steps = [GreedyStep(words, self.network(place), memory) for place, words in enumerate(self.codebooks)]
         return greedy_codes(z, starts, lists, steps)
 
     def _standardization(self, sample: Float[Tensor, "n D"]) -> tuple[Float[Tensor, " D"], Float[Tensor, ""]]:

@@ -109,6 +109,10 @@ def test_the_encoder_chooses_the_same_whatever_else_is_in_the_call(variant: str)
     assert torch.equal(head.encode(x)[150:], head.encode(x[150:]))
 
 
+def test_no_vectors_have_no_codes() -> None:
+    assert make_qinco(0).encode(torch.empty(0, D)).shape == (0, M)
+
+
 @every_variant
 def test_decoding_adds_the_published_steps(variant: str) -> None:
     head = make_qinco(0, **VARIANTS[variant])

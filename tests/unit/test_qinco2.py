@@ -111,6 +111,10 @@ def test_the_encoder_chooses_what_a_plain_beam_search_does(variant: str) -> None
     assert torch.equal(head.encode(x), expected)
 
 
+def test_no_vectors_have_no_codes() -> None:
+    assert make_qinco2(0).encode(torch.empty(0, D)).shape == (0, M)
+
+
 @pytest.mark.parametrize("width", [10, D])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_all_candidates_and_one_hypothesis_are_the_greedy_choice(width: int, seed: int) -> None:
