@@ -2,7 +2,8 @@
 
 from retriever.beir import Qrels, RetrievalData, read_negatives
 from retriever.data import Collator, Document, Query, TextPair, TokenBatch, Tokens
-from retriever.dual_encoder import DualEncoder, DualEncoderConfig, Embeddings, model_fingerprint
+from retriever.dual_encoder import DualEncoder, Embeddings, model_fingerprint
+from retriever.dual_encoder_config import DualEncoderConfig
 from retriever.encoder import Encoder, EncoderSettings
 from retriever.errors import InputError
 from retriever.inference import Precision, embed_documents, embed_queries, map_queries
