@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from index import IndexConfig, Searcher, export_index, merge_indexes
+from index import FaissFit, IndexConfig, Searcher, export_index, merge_indexes
 from index.decoded import write_npy
 from index.interchange import read_bundle, write_bundle
 from launch.main import main
@@ -26,7 +26,14 @@ from retriever import (
     read_data,
 )
 from retriever.dual_encoder import load_query_map
-from retriever.heads import CNTConfig, IVFFlatConfig, ProductQuantizerConfig
+from retriever.heads import (
+    CNTConfig,
+    HeadConfig,
+    IVFFlatConfig,
+    ProductQuantizerConfig,
+    QINCoConfig,
+    ResidualQuantizerConfig,
+)
 from training import Experiment, Trainer, dump_experiment, evaluate_model, load_experiment
 from training.experiment import (
     CheckpointConfig,
@@ -102,6 +109,26 @@ def test_an_index_answers_with_the_scores_of_the_model(
     found = np.take_along_axis(expected, rows, 1)
     np.testing.assert_allclose(scores, found, rtol=0, atol=2e-2 if kind == "sq8" else 1e-4)
     assert (found[:, 0] >= expected.max(1) - (2e-2 if kind == "sq8" else 1e-4)).all()
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        ResidualQuantizerConfig(num_codebooks=3, codebook_bits=4),
+        QINCoConfig(num_codebooks=3, codebook_bits=4, hidden=16),
+    ],
+    ids=lambda inner: inner.name,
+)
+def test_every_kind_of_quantizer_goes_behind_the_network(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, inner: HeadConfig
+) -> None:
+    """Additive codes, and codes that a network decodes."""
+    config = CNTConfig(**SIZE, inner=inner)
+    model = DualEncoderConfig(encoder=str(tiny_model), document_max_length=32).build(config)
+    model.head.warm_start(embed_documents(model, list(read_corpus(tiny_data))), FaissFit(), 0)
+    model.save(tmp_path / "model")
+    searcher = Searcher(export(tmp_path / "model", tiny_data, tmp_path / "index"))
+    assert len(searcher.search(QUERIES, 5)[1][0]) == 5
 
 
 def document_vectors(model: Path, data: Path) -> torch.Tensor:
