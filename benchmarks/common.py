@@ -23,7 +23,15 @@ from launch.env import describe
 from retriever.folder import write_json
 from retriever.scores import Metric
 
-__all__ = ["benchmark_parser", "faiss_quantizer", "print_table", "seconds_since", "write_result"]
+__all__ = [
+    "benchmark_parser",
+    "faiss_quantizer",
+    "forget_peak",
+    "print_table",
+    "resident",
+    "seconds_since",
+    "write_result",
+]
 
 
 def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
@@ -116,6 +124,17 @@ def faiss_quantizer(dim: int, factory: str, metric: Metric, seed: int) -> Any:
     for clustering in clusterings:
         clustering.min_points_per_centroid, clustering.seed = 1, seed
     return built
+
+
+def forget_peak() -> None:
+    """Let the peak of this process's resident memory (VmHWM) begin anew with what is resident now; Linux only."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(name: str) -> int:
+    """Return the resident bytes of this process: `VmRSS` now, or `VmHWM` at most; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def seconds_since(start: float) -> float:

@@ -65,11 +65,12 @@ def main() -> None:
         tokens, flops = count(options, pairs)
         found: dict[str, list[dict[str, float]]] = {}
         names = contenders(options)
-        for turn in tqdm(range(1 + options.rounds), desc="rounds"):
+        unmeasured = 0 if options.quick else 1  # the first round fills caches
+        for turn in tqdm(range(unmeasured + options.rounds), desc="rounds"):
             for name, contender in tqdm(names.items(), desc="contenders", leave=False):
                 run = train_rival if name.startswith(RIVAL) else train_endex
                 measured = measure(lambda: run(options, contender, folder, pairs))  # noqa: B023
-                if turn:  # the first fills caches
+                if turn >= unmeasured:
                     found.setdefault(name, []).append(measured)
     rows = [row(name, found, names[name], len(pairs), flops) for name in found]
     shown = f"{options.model}, {len(pairs):,} pairs, batch {options.batch_size}, {tokens:,.0f} tokens a pair"
@@ -284,14 +285,9 @@ def measure(run: Callable[[], float]) -> dict[str, float]:
         before = torch.cuda.memory_allocated()
         return {"seconds": run(), "bytes": torch.cuda.max_memory_allocated() - before}
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
-    before = resident("VmRSS")
-    return {"seconds": run(), "bytes": resident("VmHWM") - before}
-
-
-def resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+    common.forget_peak()
+    before = common.resident("VmRSS")
+    return {"seconds": run(), "bytes": common.resident("VmHWM") - before}
 
 
 if __name__ == "__main__":
