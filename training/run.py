@@ -17,7 +17,6 @@ import torch
 from accelerate import (
     Accelerator,
     DistributedDataParallelKwargs,
-    DistributedType,
     InitProcessGroupKwargs,
 )
 from accelerate.state import AcceleratorState
@@ -270,11 +269,6 @@ class TrainingRun:
     def _check_chunks(self, optimization: OptimizationConfig) -> None:
         if not optimization.chunk_size:
             return
-        if self.accelerator.distributed_type is DistributedType.DEEPSPEED:
-            raise InputError(
-                f"optimization.chunk_size goes back several times a step, which DeepSpeed's engine does not, got "
-                f"{optimization.chunk_size}. Train under DDP or FSDP, or set chunk_size 0."
-            )
         for tower in (self.model.query_encoder, self.model.document_encoder):
             for name, module in tower.named_modules():
                 if isinstance(module, _BatchNorm):

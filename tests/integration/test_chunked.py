@@ -351,6 +351,25 @@ def test_towers_that_do_not_repeat_themselves_are_refused(seed: int, monkeypatch
         step(Case("mcl", "none", chunk=7), seed)
 
 
+def test_a_tower_that_normalizes_by_the_batch_is_refused_before_the_first_step(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = DualEncoderConfig.build
+
+    def build_normalizing(*given: Any, **named: Any) -> DualEncoder:
+        model = build(*given, **named)
+        model.document_encoder.norm = nn.BatchNorm1d(D)
+        return model
+
+    monkeypatch.setattr(DualEncoderConfig, "build", build_normalizing)
+    (tmp_path / "model").symlink_to(tiny_model)
+    (tmp_path / "data").symlink_to(tiny_data)
+    with pytest.raises(
+        InputError, match=r"the tower's norm normalizes by the whole batch, got 3\. Set chunk_size 0"
+    ):
+        train("chunks", tmp_path)
+
+
 # --- several processes ---
 
 TOGETHER = [
