@@ -82,9 +82,7 @@ def run(words: list[str]) -> int:
     else:
         print(f"wrote {out}: {counts['negatives']} negatives of {counts['queries']} queries")
         if counts["without"]:
-            print(
-                f"  {counts['without']} queries have none left and are not in the file: look deeper, or filter less"
-            )
+            print(f"  {counts['without']} queries have too few left: look deeper, or filter less")
     return 0
 
 
@@ -94,7 +92,7 @@ def write_jsonl(
     """Write a line a query: its negatives with their scores, and its positives with theirs where they are known."""
     ids, counts = miner.searcher.document_ids, _no_counts()
     with publish_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for one in _counted(found, counts):
+        for one in _counted(found, counts, least=0 if miner.teacher else 1):  # scores of positives are of use
             row: dict[str, Any] = {
                 "query-id": one.query,
                 "negatives": [ids[row] for row, _ in one.negatives],
@@ -149,8 +147,8 @@ def _no_counts() -> Counts:
 def _counted(found: Iterable[MinedNegatives], counts: Counts, least: int = 1) -> Iterator[MinedNegatives]:
     """Yield the queries that have negatives enough, and count them all."""
     for one in found:
+        counts["without"] += len(one.negatives) < max(1, least)
         if len(one.negatives) < least:
-            counts["without"] += 1
             continue
         counts["queries"] += 1
         counts["negatives"] += len(one.negatives)

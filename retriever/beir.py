@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,16 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import numpy as np
-
-from retriever.data import Document, Query, identifier_hash
+from retriever.data import Document, Query
 from retriever.errors import InputError
+from retriever.hub import hub_rows
+from retriever.id_set import IdSet
+from retriever.msmarco import collection_file, is_msmarco, judgements, query_rows, tsv_rows
+from retriever.msmarco import negatives as msmarco_negatives
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 __all__ = [
-    "IdSet",
     "Qrels",
     "RetrievalData",
     "count_documents",
@@ -33,9 +35,9 @@ __all__ = [
     "read_negatives",
     "read_qrels",
     "read_queries",
+    "read_scores",
+    "table_file",
 ]
-
-RECENT_IDS = 65_536  # identifiers that IdSet holds unsorted
 
 Qrels = dict[str, dict[str, int]]
 """Query id -> document id -> relevance (above 0 is relevant)."""
@@ -43,12 +45,13 @@ Qrels = dict[str, dict[str, int]]
 
 @dataclass(frozen=True, slots=True)
 class RetrievalData:
-    """Documents and queries by id, judgements of one split, and given negatives by query id."""
+    """Documents and queries by id, judgements of one split, given negatives, and a teacher's scores, by query id."""
 
     documents: Mapping[str, Document]
     queries: Mapping[str, Query]
     qrels: Qrels
     negatives: dict[str, list[str]] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def read_corpus(source: str | Path, start: int = 0, stop: int | None = None) -> Iterator[Document]:
@@ -90,9 +93,9 @@ def count_documents(source: str | Path) -> int:
     Raises:
         InputError: If the source is not there, cannot be read, or is empty.
     """
-    path = _table(source, "corpus")
+    path = table_file(source, "corpus")
     if path is None:
-        count = sum(1 for _ in _hub_rows(str(source), "corpus", None))
+        count = sum(1 for _ in hub_rows(str(source), "corpus", None))
     else:
         try:
             with _open(path, "rb") as file:
@@ -102,39 +105,6 @@ def count_documents(source: str | Path) -> int:
     if not count:
         raise InputError(f"{source} holds no documents. Give a corpus with at least one document.")
     return count
-
-
-class IdSet:
-    """A set of identifiers by their 64-bit hashes, in 8 bytes each: sorted runs, merged as they grow.
-
-    Two identifiers may share a hash (among a hundred million, once in 4,000 corpora): `add` says that one is
-    perhaps known, and the caller looks.
-    """
-
-    def __init__(self) -> None:
-        self._recent: set[int] = set()
-        self._runs: list[NDArray[np.uint64]] = []
-
-    def __len__(self) -> int:
-        return len(self._recent) + sum(map(len, self._runs))
-
-    def add(self, identifier: str) -> bool:
-        """Add an identifier and return True; return False if it is perhaps there already."""
-        key = identifier_hash(identifier)
-        if key in self._recent or any(_holds(run, key) for run in self._runs):
-            return False
-        self._recent.add(key)
-        if len(self._recent) >= RECENT_IDS:
-            self._runs.append(np.sort(np.fromiter(self._recent, np.uint64, len(self._recent))))
-            self._recent.clear()
-            while len(self._runs) > 1 and 2 * len(self._runs[-1]) > len(self._runs[-2]):
-                self._runs[-2:] = [np.sort(np.concatenate(self._runs[-2:]))]
-        return True
-
-
-def _holds(run: NDArray[np.uint64], key: int) -> bool:
-    row = int(np.searchsorted(run, np.uint64(key)))
-    return row < len(run) and int(run[row]) == key
 
 
 def _occurs(source: str | Path, identifier: str, start: int, before: str) -> bool:
@@ -187,7 +157,7 @@ def read_qrels(
         InputError: If a line is malformed or names an unknown query or document, or the split is empty.
     """
     known_queries = None if queries is None else set(queries)
-    known_documents = None if documents is None else set(documents)
+    known_documents = documents if documents is None or isinstance(documents, Mapping) else set(documents)
     qrels: Qrels = {}
     for where, query, document, score in _judgements(source, split):
         if known_queries is not None and query not in known_queries:
@@ -212,8 +182,8 @@ def read_negatives(source: str | Path, documents: Iterable[str]) -> dict[str, li
     """
     folder = Path(source)
     if not (folder.is_dir() and _find(folder, "negatives")):
-        return {}
-    known = set(documents)
+        return msmarco_negatives(folder)
+    known = documents if isinstance(documents, Mapping) else set(documents)
     negatives: dict[str, list[str]] = {}
     for where, row in _rows(source, "negatives"):
         ids = row.get("negatives")
@@ -229,9 +199,45 @@ def read_negatives(source: str | Path, documents: Iterable[str]) -> dict[str, li
     return negatives
 
 
-def read_data(source: str | Path, split: str) -> RetrievalData:
-    """Return everything that training or evaluation on one split needs, in memory."""
-    documents = {document.id: document for document in read_corpus(source)}
+def read_scores(source: str | Path, documents: Mapping[str, Document]) -> dict[str, dict[str, float]]:
+    """Return a teacher's scores by query and document, from the same file as the given negatives.
+
+    Raises:
+        InputError: If there is no such file, or a line has not one finite score for every document that it names.
+    """
+    if not (Path(source).is_dir() and _find(Path(source), "negatives")):
+        raise InputError(
+            f"{source} has no negatives.jsonl with scores. Write it: endex mine --teacher MODEL."
+        )
+    found: dict[str, dict[str, float]] = {}
+    for where, row in _rows(source, "negatives"):
+        scores: dict[str, float] = {}
+        for names, values in (("negatives", "scores"), ("positives", "positive_scores")):
+            ids, numbers = row.get(names), row.get(values)
+            if not isinstance(ids, list) or not isinstance(numbers, list) or len(ids) != len(numbers):
+                raise InputError(f"{where}: {values!r} must be a list with a score for each of {names!r}.")
+            for name, number in zip(map(str, ids), numbers, strict=True):
+                if name not in documents:
+                    raise InputError(f"{where}: the document {name!r} is not in the corpus. Remove it.")
+                if not isinstance(number, int | float) or not math.isfinite(number):
+                    raise InputError(f"{where}: {values!r} must hold finite numbers, got {number!r}.")
+                scores[name] = float(number)
+        found[_text(row, "query-id", where)] = scores
+    return found
+
+
+def read_data(
+    source: str | Path, split: str, *, documents: Mapping[str, Document] | None = None
+) -> RetrievalData:
+    """Return everything that training or evaluation on one split needs, in memory.
+
+    Args:
+        source: BEIR folder or Hub data set.
+        split: Split of the judgements.
+        documents: The corpus, where it is open already.
+    """
+    if documents is None:
+        documents = {document.id: document for document in read_corpus(source)}
     queries = read_queries(source)
     qrels = read_qrels(source, split, queries=queries, documents=documents)
     return RetrievalData(documents, queries, qrels, read_negatives(source, documents))
@@ -248,20 +254,27 @@ def _rows(
     source: str | Path, name: str, start: int = 0, stop: int | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, row) of a table of a folder, a file or a Hub data set, from row `start` to before `stop`."""
-    path = _table(source, name)
+    if name == "queries" and is_msmarco(source):
+        yield from query_rows(Path(source))
+        return
+    path = table_file(source, name)
     if path is None:
-        yield from _hub_rows(str(source), name, None, start, stop)
+        yield from hub_rows(str(source), name, None, start, stop)
+    elif ".tsv" in path.suffixes:
+        yield from tsv_rows(path, start, stop)
     else:
         yield from _json_lines(path, start, stop)
 
 
-def _table(source: str | Path, name: str) -> Path | None:
+def table_file(source: str | Path, name: str) -> Path | None:
     """Return the file of a table of a folder, or None for a Hub data set."""
     path = Path(source)
     if path.is_file():
         return path
     if not path.is_dir() or _is_datasets_folder(path):
         return None
+    if name == "corpus" and is_msmarco(path):
+        return collection_file(path)
     if (found := _find(path, name)) is None:
         raise InputError(f"{path} has no {name}.jsonl or {name}.jsonl.gz. Give a folder in the BEIR layout.")
     return found
@@ -319,10 +332,13 @@ def _text(row: dict[str, Any], key: str, where: str, default: str | None = None)
 
 def _judgements(source: str | Path, split: str) -> Iterator[tuple[str, str, str, int]]:
     path = Path(source)
+    if is_msmarco(path):
+        yield from judgements(path, split)
+        return
     if path.is_dir() and not _is_datasets_folder(path):
         yield from _tsv_judgements(path, split)
         return
-    for where, row in _hub_rows(str(source), "qrels", split):
+    for where, row in hub_rows(str(source), "qrels", split):
         query, document = row.get("query-id"), row.get("corpus-id")
         if query is None or document is None:
             raise InputError(
@@ -365,42 +381,3 @@ def _is_datasets_folder(folder: Path) -> bool:
     card = folder / "README.md"
     beir = _find(folder, "corpus") is not None and any((folder / "qrels").glob("*.tsv"))
     return not beir and card.is_file() and "configs:" in card.read_text(encoding="utf-8")
-
-
-def _hub_rows(
-    name: str, table: str, split: str | None, start: int = 0, stop: int | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a table of a Hub data set, as BeIR and MTEB lay them out, from `start` to before `stop`.
-
-    `corpus` and `queries` are configurations; judgements are the configuration `qrels` or `default`, or the
-    data set NAME-qrels.
-    """
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(
-            f"{name!r} is not a local folder, and Hub data sets need `datasets`: pip install datasets."
-        ) from None
-    candidates = [(name, table)]
-    if table == "qrels":
-        candidates += [(name, "default"), (f"{name}-qrels", "default")]
-    reasons = []
-    for repository, config in candidates:
-        try:
-            tables = datasets.load_dataset(repository, config, streaming=True)
-            if split and split not in tables:
-                raise KeyError(f"has no split {split}; choose from {', '.join(sorted(tables))}")
-            rows = tables[split or (table if table in tables else next(iter(tables)))]
-        except (OSError, ValueError, KeyError) as error:
-            reasons.append(f"{repository}[{config}]: {' '.join(str(error).split())[:120]}")
-            continue
-        rows = rows.skip(start) if start else rows
-        for number, row in enumerate(rows, start=start + 1):
-            if stop is not None and number > stop:
-                return
-            yield f"{repository}[{config}]:{number}", dict(row)
-        return
-    raise InputError(
-        f"{name!r} is neither a folder here nor a readable Hub data set with the table {table!r} "
-        f"({'; '.join(reasons)}). Check the path or name."
-    )

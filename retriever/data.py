@@ -67,6 +67,8 @@ class TokenBatch:
         document_keys: A 64-bit key of each document's identifier, (N,).
         relevant_keys: Keys of the documents known to be relevant to each query, zero-padded, (B, R).
         positives: Row of each query's positive document, (B,).
+        teacher_scores: A teacher's scores of each query's positive and the H negatives after it, nan where it gave
+            none, (B, 1 + H); or None.
     """
 
     queries: Tokens
@@ -74,6 +76,7 @@ class TokenBatch:
     document_keys: Int[Tensor, " N"]
     relevant_keys: Int[Tensor, "B R"]
     positives: Int[Tensor, " B"]
+    teacher_scores: Float[Tensor, "B candidates"] | None = None
 
     def with_documents(self, documents: Tokens, keys: Int[Tensor, " n"]) -> TokenBatch:
         """Return the batch with further documents, positives of none; `documents` is empty where none are tokenized."""
@@ -91,6 +94,7 @@ class TokenBatch:
             document_keys=self.document_keys.to(device),
             relevant_keys=self.relevant_keys.to(device),
             positives=self.positives.to(device),
+            teacher_scores=None if self.teacher_scores is None else self.teacher_scores.to(device),
         )
 
 
@@ -163,10 +167,12 @@ class Collator:
         documents = [document for pair in pairs for document in (pair.positive, *pair.negatives)]
         relevant = [[document_key(i) for i in (pair.relevant_ids or (pair.positive.id,))] for pair in pairs]
         width = max(map(len, relevant))
+        scores = [pair.teacher_scores for pair in pairs if pair.teacher_scores is not None]
         return TokenBatch(
             queries=self.tokenize_queries([pair.query for pair in pairs]),
             documents=self.tokenize_documents(documents),
             document_keys=torch.tensor([document_key(document.id) for document in documents]),
             relevant_keys=torch.tensor([keys + [0] * (width - len(keys)) for keys in relevant]),
             positives=torch.arange(len(pairs)) * (len(documents) // len(pairs)),
+            teacher_scores=torch.tensor(scores) if len(scores) == len(pairs) else None,
         )

@@ -1,4 +1,4 @@
-"""Where documents, queries and judgements come from: BEIR folders, Hub data sets, vector files."""
+"""Where documents, queries and judgements come from: BEIR folders, Hub data sets, MS MARCO, vector files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from retriever import beir, vectors
 from retriever.beir import Qrels, RetrievalData
 from retriever.data import Document, Query
+from retriever.disk import open_documents
+from retriever.errors import InputError
+from retriever.msmarco import is_text_triples, keep_negative, text_triples
 from retriever.scores import Metric
 from retriever.vectors import is_vectors
 
@@ -73,12 +76,35 @@ def read_qrels(
 
 
 def read_data(
-    source: str | Path, split: str, *, metric: Metric = "l2", normalize: bool = False
+    source: str | Path, split: str, *, metric: Metric = "l2", normalize: bool = False, on_disk: bool = False
 ) -> RetrievalData:
     """Return what training or evaluation on one split needs: texts in memory, or vectors that stay in their files.
 
-    Arguments as those of `read_qrels`; see `retriever.vectors.read_vector_data`.
+    Arguments as those of `read_qrels`; see `retriever.vectors.read_vector_data`. With `on_disk` the texts of the
+    documents stay in their file, too (`retriever.disk`).
     """
     if is_vectors(source):
         return vectors.read_vector_data(source, split, metric=metric, normalize=normalize)
-    return beir.read_data(source, split)
+    if is_text_triples(source):
+        return _read_text_triples(Path(source))
+    return beir.read_data(source, split, documents=open_documents(source) if on_disk else None)
+
+
+def _read_text_triples(path: Path) -> RetrievalData:
+    """Return the pairs and negatives of a file of triples of texts, all in memory, whatever the split."""
+    documents: dict[str, Document] = {}
+    queries: dict[str, Query] = {}
+    qrels: Qrels = {}
+    negatives: dict[str, list[str]] = {}
+    for (query, text), *passages in text_triples(path):
+        queries[query] = text
+        for name, passage in passages:
+            documents.setdefault(name, Document(name, "", passage))
+        (positive, _), (other, _) = passages
+        qrels.setdefault(query, {})[positive] = 1
+        keep_negative(negatives, query, other)
+    if not qrels:
+        raise InputError(
+            f"{path} holds no triples. Give a file with lines of query, passage and other passage."
+        )
+    return RetrievalData(documents, queries, qrels, negatives)

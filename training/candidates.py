@@ -6,15 +6,16 @@ Shapes: B queries, N documents, D dimensions.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from retriever import Document, DualEncoder, TokenBatch
+from retriever.disk import document_keys, document_rows
 from retriever.heads import NoCompressionConfig
-from training.corpus import TrainingCorpus
+from training.corpus import Embed, TrainingCorpus
 from training.experiment import Experiment, LiveNegativesConfig
 from training.sharding import whole
 
@@ -96,18 +97,18 @@ class Candidates(nn.Module):
         return batch.with_documents({name: value.to(rows.device) for name, value in tokens.items()}, keys)
 
     @torch.no_grad()
-    def start(self, model: DualEncoder, vectors: Float[Tensor, "n D"] | None) -> None:
+    def start(self, model: DualEncoder, embed: Embed) -> None:
         """Take over the towers as they are at the head's start, and the first codes of the corpus."""
         if self.teacher is not None:
             for name in ("query_encoder", "document_encoder"):
                 weights = whole(getattr(model, name).state_dict(), everywhere=True)
                 getattr(self.teacher, name).load_state_dict(weights)
-        self.refresh(model, vectors)
+        self.refresh(model, embed)
 
-    def refresh(self, model: DualEncoder, vectors: Float[Tensor, "n D"] | None) -> None:
+    def refresh(self, model: DualEncoder, embed: Embed) -> None:
         """Make the codes of the corpus anew, where live negatives are ranked by them."""
-        if self.corpus is not None and self.corpus.codes.numel() and vectors is not None:
-            self.corpus.encode(model.head, vectors)
+        if self.corpus is not None and self.corpus.codes.numel():
+            self.corpus.encode(model.head, embed)
 
     def renew(self, keys: Int[Tensor, " N"], codes: Int[Tensor, "N M"]) -> None:
         """Keep the codes that documents have just been given, where live negatives are ranked by codes."""
@@ -133,17 +134,20 @@ def freeze_towers(model: DualEncoder, which: str) -> None:
 
 
 def build_candidates(
-    experiment: Experiment,
-    model: DualEncoder,
-    documents: Iterable[Document],
-    embed: Callable[[Sequence[Document]], Float[Tensor, "n D"]],
+    experiment: Experiment, model: DualEncoder, documents: Mapping[str, Document], embed: Embed
 ) -> Candidates:
     """Return what an experiment needs: the corpus by row, its vectors where they do not change, a teacher."""
-    live, frozen = experiment.live_negatives, experiment.optimization.freeze != "none"
+    live, frozen, head = experiment.live_negatives, experiment.optimization.freeze != "none", model.head
     corpus = None
     if live.per_query or frozen:
         coded = live.per_query and live.by == "compressed"
-        corpus = TrainingCorpus(documents, num_codes=model.head.num_codes if coded else 0)
+        bytes_do = head.code_bits <= 8 and head.code_size <= head.num_codes
+        corpus = TrainingCorpus(
+            document_rows(documents)[1],
+            head.num_codes if coded else 0,
+            code_dtype=torch.uint8 if bytes_do else torch.int32,
+            keys=torch.from_numpy(document_keys(documents)),
+        )
     if corpus is not None and frozen:
         corpus.embed(embed)
     return Candidates(live, corpus, frozen_copy(model) if experiment.loss.needs_teacher else None)

@@ -185,6 +185,7 @@ def _join(batches: Sequence[TokenBatch]) -> TokenBatch:
     """Return the batch of all chunks, without its tokens."""
     width = max(batch.relevant_keys.shape[1] for batch in batches)
     relevant = [F.pad(b.relevant_keys, (0, width - b.relevant_keys.shape[1])) for b in batches]
+    scores = [batch.teacher_scores for batch in batches if batch.teacher_scores is not None]
     positives, first = [], 0
     for batch in batches:
         positives.append(batch.positives + first)
@@ -195,6 +196,7 @@ def _join(batches: Sequence[TokenBatch]) -> TokenBatch:
         document_keys=torch.cat([batch.document_keys for batch in batches]),
         relevant_keys=torch.cat(relevant),
         positives=torch.cat(positives),
+        teacher_scores=torch.cat(scores) if scores else None,
     )
 
 

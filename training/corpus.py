@@ -5,7 +5,7 @@ Shapes: n documents, D dimensions, E dimensions in the head's space, B queries, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +19,10 @@ from retriever.scores import score_matrix
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["TrainingCorpus"]
+__all__ = ["Embed", "TrainingCorpus"]
 
+Embed = Callable[[Sequence[Document]], Tensor]
+"""Documents -> their vectors, (n, D)."""
 ROWS_AT_ONCE = 65_536  # documents scored at once: bounds the (rows, D) reconstruction and (B, rows) scores
 
 
@@ -28,33 +30,49 @@ class TrainingCorpus(nn.Module):
     """Documents by row. The codes are part of the state, so that a resumed run finds the same negatives.
 
     Args:
-        documents: All documents that may be met in training.
+        documents: All documents that may be met in training, by row; they may lie on disk.
         num_codes: Codes kept of a document, 0 for none.
+        code_dtype: Of the codes kept: uint8 where they are all below 256.
+        keys: Keys of the documents' ids, (n,), where they are known.
     """
 
     codes: Tensor
 
-    def __init__(self, documents: Iterable[Document], num_codes: int = 0) -> None:
+    def __init__(
+        self,
+        documents: Sequence[Document],
+        num_codes: int = 0,
+        *,
+        code_dtype: torch.dtype = torch.int32,
+        keys: Int[Tensor, " n"] | None = None,
+    ) -> None:
         super().__init__()
-        self.documents = list(documents)
-        self.row = {document_key(document.id): row for row, document in enumerate(self.documents)}
-        self.keys = torch.tensor(list(self.row))  # (n,), in the order of the rows
+        self.documents = documents
+        if keys is None:
+            keys = torch.tensor([document_key(document.id) for document in documents])
+        self.keys = keys
+        self._sorted_keys, self._order = keys.sort(stable=True)
         self.vectors: Tensor | None = None  # (n, D), set where the document tower is frozen
-        self.register_buffer("codes", torch.zeros(len(self.documents), num_codes, dtype=torch.int32))
+        self.register_buffer("codes", torch.zeros(len(documents), num_codes, dtype=code_dtype))
 
-    def embed(self, embed: Callable[[Sequence[Document]], Float[Tensor, "n D"]]) -> None:
+    def embed(self, embed: Embed) -> None:
         """Keep the vectors of all documents."""
         self.vectors = embed(self.documents)
 
-    def rows(self, keys: Int[Tensor, " N"]) -> Int[Tensor, " N"]:
-        """Return the rows of documents."""
-        return torch.tensor([self.row[key] for key in keys.tolist()], device=keys.device)
+    def rows(self, keys: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
+        """Return the rows of documents, -1 for a key that is of none."""
+        wanted = keys.cpu()
+        places = torch.searchsorted(self._sorted_keys, wanted).clamp(max=len(self._order) - 1)
+        rows = self._order[places].masked_fill(self._sorted_keys[places] != wanted, -1)
+        return rows.to(keys.device)
 
     @torch.no_grad()
-    def encode(self, head: CompressionHead, vectors: Float[Tensor, "n D"]) -> None:
-        """Keep the codes of all documents."""
-        parts = [head.encode(rows.to(self.codes.device)) for rows in vectors.split(ROWS_AT_ONCE)]
-        self.codes.copy_(torch.cat(parts))
+    def encode(self, head: CompressionHead, embed: Embed) -> None:
+        """Keep the codes of all documents, made block by block of vectors that are not kept."""
+        for start in range(0, len(self.documents), ROWS_AT_ONCE):
+            block = slice(start, start + ROWS_AT_ONCE)
+            vectors = embed(self.documents[block]) if self.vectors is None else self.vectors[block]
+            self.codes[block] = head.encode(vectors.to(self.codes.device)).to(self.codes.dtype)
 
     @torch.no_grad()
     def renew(self, keys: Int[Tensor, " N"], codes: Int[Tensor, "N M"]) -> None:
@@ -138,7 +156,7 @@ class TrainingCorpus(nn.Module):
             best_rows = torch.cat([best_rows, found.indices + start], 1)
             best = best_scores.topk(min(wanted, best_scores.shape[1]))
             best_scores, best_rows = best.values, best_rows.gather(1, best.indices)
-        relevant = self._relevant_rows(relevant_keys)
+        relevant = self.rows(relevant_keys)
         best_rows = best_rows.masked_fill(best_scores.isneginf(), -1)
         hit = (best_rows[:, :, None] == relevant[:, None, :]).any(-1) | (best_rows < 0)
         order = hit.to(torch.uint8).argsort(dim=1, stable=True)  # those not relevant first, best first
@@ -158,7 +176,3 @@ class TrainingCorpus(nn.Module):
             "experiment checks that dense live negatives come with frozen documents"
         )
         return self.vectors[rows]
-
-    def _relevant_rows(self, keys: Int[Tensor, "B R"]) -> Int[Tensor, "B R"]:
-        rows = [[self.row.get(key, -1) for key in known] for known in keys.tolist()]
-        return torch.tensor(rows, device=keys.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from heapq import nsmallest
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -100,10 +101,10 @@ def select_evaluation(data: RetrievalData, *, queries: int = 0, documents: int =
     chosen = sorted(data.qrels, key=_hash)[: queries or None]
     qrels = {query: data.qrels[query] for query in chosen}
     judged = {document for row in qrels.values() for document in row}
-    others = sorted((document for document in data.documents if document not in judged), key=_hash)
-    keep = judged.union(others[: max(0, documents - len(judged))] if documents else others)
+    others = (document for document in data.documents if document not in judged)
+    keep = judged.union(nsmallest(max(0, documents - len(judged)), others, _hash) if documents else others)
     return RetrievalData(
-        {name: document for name, document in data.documents.items() if name in keep},
+        {name: data.documents[name] for name in data.documents if name in keep},
         {query: data.queries[query] for query in chosen},
         qrels,
     )

@@ -29,6 +29,32 @@ def _require(condition: bool, field_name: str, value: object, rule: str) -> None
 
 
 @dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """A further set of pairs to train on.
+
+    Attributes:
+        source: As `data.source`.
+        train_split: Split whose judgements give the training pairs.
+        weight: How often its pairs are seen in an epoch: 1 once, 0.5 half of them, 2 twice.
+        max_pairs: Use only the first pairs; all by default.
+    """
+
+    source: str
+    train_split: str = "train"
+    weight: float = 1.0
+    max_pairs: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(0 < self.weight < float("inf"), "data.mixed_with.weight", self.weight, "positive")
+        _require(
+            self.max_pairs is None or self.max_pairs > 0,
+            "data.mixed_with.max_pairs",
+            self.max_pairs,
+            "positive",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Training and evaluation texts, or vectors.
 
@@ -38,6 +64,10 @@ class DataConfig:
         train_split: Split whose judgements give the training pairs; "train" of vectors are learn.*, else base.*.
         negatives_per_query: Given negatives of a query in each batch (from negatives.jsonl, else random documents).
         max_pairs: Use only the first pairs; all by default.
+        weight: With `mixed_with`: how often the pairs of `source` are seen in an epoch.
+        mixed_with: Further sets. A batch is from one set, and so are its in-batch negatives; sets take turns at random.
+        texts: "memory", or "disk" for a corpus that is larger: of .jsonl files the line is read when it is wanted, of
+            Hub data sets the row of the Arrow table.
         labels: "judged" takes the split's judgements; "teacher" only its queries, each with the document that the
             starting towers rank first (Distill-VQ without labels).
         evaluation_source: Folder or data set of the evaluation; by default `source`.
@@ -48,6 +78,9 @@ class DataConfig:
     train_split: str = "train"
     negatives_per_query: int = 0
     max_pairs: int | None = None
+    weight: float = 1.0
+    mixed_with: list[SourceConfig] = field(default_factory=list)
+    texts: Literal["memory", "disk"] = "memory"
     labels: Literal["judged", "teacher"] = "judged"
     evaluation_source: str | None = None
     evaluation_split: str = "dev"
@@ -58,6 +91,18 @@ class DataConfig:
         )
         _require(self.labels in ("judged", "teacher"), "data.labels", self.labels, "judged or teacher")
         _require(self.max_pairs is None or self.max_pairs > 0, "data.max_pairs", self.max_pairs, "positive")
+        _require(0 < self.weight < float("inf"), "data.weight", self.weight, "positive")
+        _require(self.texts in ("memory", "disk"), "data.texts", self.texts, "memory or disk")
+        if self.mixed_with and self.labels == "teacher":
+            raise InputError("data.labels teacher takes one set. Leave out data.mixed_with.")
+
+    @property
+    def sets(self) -> list[SourceConfig]:
+        """All sets of training pairs."""
+        own = SourceConfig(
+            source=self.source, train_split=self.train_split, weight=self.weight, max_pairs=self.max_pairs
+        )
+        return [own, *self.mixed_with]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +368,11 @@ class Experiment:
             raise InputError(
                 f"the loss {self.loss.name} without labels has nothing to teach before the head's start. Start from "
                 f"trained towers with optimization.dense_warmup 0, got {self.optimization.dense_warmup}."
+            )
+        if self.loss.needs_scores and not self.data.negatives_per_query:
+            raise InputError(
+                "loss.teacher given compares a query's positive with its given negatives. Set "
+                "data.negatives_per_query to at least 1."
             )
         if self.live_negatives.per_query:
             if self.live_negatives.by == "dense" and freeze == "none":

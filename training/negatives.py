@@ -8,6 +8,7 @@ documents known to be relevant are left out of the softmax. Given negatives come
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from retriever import RetrievalData, TextPair
+from retriever.disk import document_rows
 from retriever.errors import InputError
 
 __all__ = ["BatchPlan", "PairDataset"]
@@ -40,7 +42,7 @@ class PairDataset(torch.utils.data.Dataset[TextPair]):
             for document, score in judged.items()
             if score > 0
         ]
-        self._document_ids = list(data.documents) if negatives_per_query else []
+        self._document_ids = document_rows(data.documents)[0] if negatives_per_query else []
         needed = negatives_per_query + max(map(len, data.qrels.values()), default=0)
         if negatives_per_query and len(self._document_ids) <= needed:
             raise InputError(
@@ -60,11 +62,15 @@ class PairDataset(torch.utils.data.Dataset[TextPair]):
         negatives = (
             self._negatives(query, set(relevant), random.Random(seed)) if self.negatives_per_query else []
         )
+        scores = self.data.scores.get(query, {})
         return TextPair(
             query=self.data.queries[query],
             positive=self.data.documents[positive],
             negatives=tuple(self.data.documents[document] for document in negatives),
             relevant_ids=relevant,
+            teacher_scores=tuple(scores.get(document, math.nan) for document in (positive, *negatives))
+            if self.data.scores
+            else None,
         )
 
     def length(self, row: int) -> int:

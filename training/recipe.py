@@ -109,6 +109,8 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
     if not dataclasses.is_dataclass(value):
         return value
     fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}

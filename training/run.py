@@ -35,9 +35,11 @@ from retriever import (
     read_data,
 )
 from retriever.data import document_key
+from retriever.disk import document_rows
 from retriever.heads import QuantizerFit
 from training.candidates import build_candidates, freeze_towers
 from training.checkpoint import Progress, checkpoint_folder, load_checkpoint, save_checkpoint
+from training.data import MixedPairs, MixedPlan, join_sets, read_sets
 from training.evaluate import embed_in_shares, search_exhaustively, select_evaluation
 from training.experiment import Experiment, OptimizationConfig
 from training.negatives import BatchPlan, PairDataset
@@ -91,14 +93,16 @@ class TrainingRun:
         )
         self.processes = self.accelerator.num_processes
         self._check_batch(optimization)
-        self.data = read_data(experiment.data.source, experiment.data.train_split)
+        with self.accelerator.main_process_first():  # a corpus on disk is indexed once
+            sets = read_sets(experiment.data, scored=experiment.loss.needs_scores)
+        self.data, self.sets = join_sets(sets)
         torch.manual_seed(experiment.seed)
         self.model = experiment.model.build(experiment.head, self.data.documents).to(self.accelerator.device)
         self.evaluation = self._read_evaluation()
         self.loss = experiment.loss.build()
         freeze_towers(self.model, optimization.freeze)
         self._check_chunks(optimization)
-        self.candidates = build_candidates(experiment, self.model, self.data.documents.values(), self.embed)
+        self.candidates = build_candidates(experiment, self.model, self.data.documents, self.embed)
         self.corpus = self.candidates.corpus
         self._plan_pairs()
         compresses = experiment.head.name != "none"
@@ -162,12 +166,6 @@ class TrainingRun:
             self.accelerator.device,
         )
 
-    def corpus_vectors(self) -> Tensor | None:
-        """Return the current vectors of the whole corpus, where it is kept."""
-        if self.corpus is None:
-            return None
-        return self.embed(self.corpus.documents) if self.corpus.vectors is None else self.corpus.vectors
-
     def warm_start(self) -> None:
         """Give the head its starting values from the current vectors of a sample of documents."""
         optimization = self.experiment.optimization
@@ -175,11 +173,11 @@ class TrainingRun:
         generator = torch.Generator().manual_seed(self.experiment.seed)
         chosen = torch.randperm(len(ids), generator=generator).tolist()[: optimization.warm_start_documents]
         documents = [self.data.documents[ids[row]] for row in chosen]
-        whole = self.corpus_vectors()
-        if self.corpus is None or whole is None:
+        if self.corpus is None or self.corpus.vectors is None:
             vectors = self.embed(documents)
         else:
-            vectors = whole[[self.corpus.row[document_key(document.id)] for document in documents]]
+            keys = torch.tensor([document_key(document.id) for document in documents])
+            vectors = self.corpus.vectors[self.corpus.rows(keys)]
         head = self.model.head
         if self.accelerator.is_main_process:
             head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
@@ -187,7 +185,7 @@ class TrainingRun:
             for value in head.state_dict().values():
                 torch.distributed.broadcast(value, 0)
         self.loss.start(vectors, self.experiment.seed)
-        self.candidates.start(self.model, whole)
+        self.candidates.start(self.model, self.embed)
 
     def restore(self, resume: bool) -> None:
         """Continue from the newest checkpoint."""
@@ -234,14 +232,23 @@ class TrainingRun:
         data, optimization = self.experiment.data, self.experiment.optimization
         if data.labels == "teacher":
             self.data = self._label_by_teacher()
-        self.dataset = PairDataset(self.data, data.negatives_per_query)
-        del self.dataset.rows[data.max_pairs or len(self.dataset.rows) :]
-        self.plan = BatchPlan(
-            lengths=[self.dataset.length(row) for row in range(len(self.dataset))],
-            batch_size=optimization.batch_size,
-            seed=self.experiment.seed,
-            bucket_batches=optimization.bucket_batches,
-        )
+            self.sets = [self.data]
+        pairs, plans = [], []
+        for config, part in zip(data.sets, self.sets, strict=True):
+            dataset = PairDataset(part, data.negatives_per_query)
+            del dataset.rows[config.max_pairs or len(dataset.rows) :]
+            pairs.append(dataset)
+            plans.append(
+                BatchPlan(
+                    lengths=[dataset.length(row) for row in range(len(dataset))],
+                    batch_size=optimization.batch_size,
+                    seed=self.experiment.seed,
+                    bucket_batches=optimization.bucket_batches,
+                )
+            )
+        self.dataset = MixedPairs(pairs)
+        weights = [config.weight for config in data.sets]
+        self.plan = MixedPlan(plans=plans, weights=weights, seed=self.experiment.seed)
         epochs = math.ceil(optimization.epochs * self.plan.batches_per_epoch)
         self.steps = optimization.steps or max(1, epochs)
 
@@ -281,12 +288,18 @@ class TrainingRun:
         config, data = self.experiment.evaluation, self.experiment.data
         source = data.evaluation_source or data.source
         normalize = self.model.query_encoder.settings.normalize
-        whole = read_data(source, data.evaluation_split, metric=self.model.head.metric, normalize=normalize)
+        whole = read_data(
+            source,
+            data.evaluation_split,
+            metric=self.model.head.metric,
+            normalize=normalize,
+            on_disk=data.texts == "disk",
+        )
         return select_evaluation(whole, queries=config.queries, documents=config.documents)
 
-    def _warm_start_ids(self) -> list[str]:
+    def _warm_start_ids(self) -> Sequence[str]:
         if self.experiment.optimization.warm_start_from == "corpus":
-            return sorted(self.data.documents)
+            return document_rows(self.data.documents)[0]
         return sorted({document for _, document in self.dataset.rows})
 
 

@@ -61,6 +61,8 @@ class JoinedBatch:
         document_keys: Keys of `documents`, (n,).
         mapped: `documents` in the head's own space, (n, E); None where that is the towers'.
         candidate_mapped: The same for the candidates, (N, E), or None.
+        given: A teacher's scores of each query's positive and the H candidates after it, nan where it gave none,
+            (B, 1 + H); or None.
     """
 
     metric: Metric
@@ -81,6 +83,7 @@ class JoinedBatch:
     document_keys: Int[Tensor, " n"]
     mapped: Float[Tensor, "n E"] | None
     candidate_mapped: Float[Tensor, "N E"] | None
+    given: Float[Tensor, "B some"] | None = None
 
     def score(self, rows: slice = slice(None)) -> ScoredBatch:
         """Return the scores of some queries, by default of all, with all candidates."""
@@ -94,6 +97,11 @@ class JoinedBatch:
             coarse = score_matrix(mapped_queries, self.candidate_coarse, self.metric)
         if self.teacher_queries is not None and self.teacher_candidates is not None:
             teacher = score_matrix(self.teacher_queries[rows], self.teacher_candidates, self.metric)
+        if self.given is not None:
+            columns = labels[:, None] + torch.arange(self.given.shape[1], device=labels.device)
+            teacher = torch.full_like(dense, float("nan")).scatter(
+                1, columns, self.given[rows].to(dense.dtype)
+            )
         repeated = repeated_documents(self.keys, labels)
         return ScoredBatch(
             dense=dense,
@@ -165,6 +173,7 @@ def join_batch(
     labels = positives + (_rank() * own if mode != "in_batch" else 0)
     parts, mapped, log_assignment = (vectors.documents, head.reconstruction), head.mapped, head.log_assignment
     document_keys, candidate_mapped = batch.document_keys, None if mapped is None else join(mapped)
+    given = batch.teacher_scores
     teacher_queries, teacher_candidates = teacher or (None, None)
     if teacher_candidates is not None and mode != "in_batch":
         teacher_candidates = all_gather(teacher_candidates)
@@ -173,6 +182,7 @@ def join_batch(
         relevant = gather_padded(relevant)
         labels = positives = all_gather(labels)
         parts, mapped, document_keys = (candidates, reconstruction), candidate_mapped, keys
+        given = None if given is None else all_gather(given)
         log_assignment = None if log_assignment is None else gather_detached(log_assignment)
         teacher_queries = None if teacher_queries is None else all_gather(teacher_queries)
     return JoinedBatch(
@@ -194,6 +204,7 @@ def join_batch(
         document_keys=document_keys,
         mapped=mapped,
         candidate_mapped=candidate_mapped,
+        given=given,
     )
 
 

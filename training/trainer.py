@@ -172,7 +172,7 @@ class Trainer:
         if step == run.head_start:
             run.warm_start()
         elif step > run.head_start and every and (step - run.head_start) % every == 0:
-            run.candidates.refresh(run.model, run.corpus_vectors())
+            run.candidates.refresh(run.model, run.embed)
 
     def _evaluate_if_due(self, log: RunLog) -> None:
         progress = self.run.progress

@@ -329,7 +329,7 @@ def test_a_given_list_weight_is_not_replaced() -> None:
     ("options", "fault"),
     [
         ({"objective": "hinge"}, r"objective must be one of listnet, .*mse, got 'hinge'"),
-        ({"teacher": "human"}, r"teacher must be frozen or live, got 'human'"),
+        ({"teacher": "human"}, r"teacher must be frozen, live or given, got 'human'"),
         ({"temperature": 0.0}, r"temperature must be positive, got 0\.0"),
         ({"list_weight": -1.0}, r"list_weight must be zero or more, got -1\.0"),
         ({"compressed_weight": float("inf")}, r"compressed_weight must be zero or more, got inf"),

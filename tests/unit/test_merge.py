@@ -24,8 +24,9 @@ from index import (
 )
 from index.lines import Lines
 from retriever import Document, DualEncoderConfig, InputError, embed_documents, read_corpus
-from retriever.beir import IdSet, count_documents
+from retriever.beir import count_documents
 from retriever.heads import HeadConfig, IVFProductQuantizerConfig, NoCompressionConfig, ProductQuantizerConfig
+from retriever.id_set import IdSet
 
 PQ = ProductQuantizerConfig(num_codebooks=4, codebook_bits=4)
 HEADS: dict[str, HeadConfig] = {
@@ -454,7 +455,7 @@ def test_lines_of_an_empty_file(tmp_path: Path) -> None:
 
 
 def test_id_set_knows_what_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retriever.beir.RECENT_IDS", 7)
+    monkeypatch.setattr("retriever.id_set.RECENT_IDS", 7)
     known = IdSet()
     assert all(known.add(f"d{row}") for row in range(1000))
     assert not any(known.add(f"d{row}") for row in range(1000))
@@ -464,7 +465,7 @@ def test_id_set_knows_what_was_added(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_ids_of_one_hash_are_two_documents(
     tiny_data: Path, documents: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retriever.beir.IdSet.add", lambda *_: False)
+    monkeypatch.setattr("retriever.id_set.IdSet.add", lambda *_: False)
     assert list(read_corpus(tiny_data)) == documents
 
 

@@ -54,7 +54,7 @@ class ScoredBatch:
         positives: Rows of `documents` that are positives, (B,).
         log_assignment: log-probability of the codes of `documents`, (n,), or None.
         coarse: Scores of queries with the centroids of the documents' inverted lists, (B, N), or None.
-        teacher: Scores of the frozen teacher, (B, N), or None.
+        teacher: Scores of the frozen teacher, (B, N), or given ones, nan where there is none; or None.
         pairs: Documents beside each other in both spaces, where the head has one of its own; else None.
     """
 
@@ -113,7 +113,12 @@ class LossConfig(ABC):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the loss reads `ScoredBatch.teacher`."""
+        """Whether the loss reads `ScoredBatch.teacher`, made by a frozen copy of the towers."""
+        return False
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether the loss reads `ScoredBatch.teacher`, given with the data."""
         return False
 
     @property

@@ -38,7 +38,8 @@ class DistillationConfig(LossConfig):
         objective: How student and teacher are compared: "listnet" (the paper's choice), "kl", "margin_mse",
             "ranknet" or "mse".
         teacher: "frozen" are the towers as they were at the head's start (Distill-VQ); "live" the uncompressed scores
-            of the towers in training, which costs nothing.
+            of the towers in training, which costs nothing; "given" the scores in negatives.jsonl, by a model of any
+            kind: only a query's positive and its given negatives are then compared.
         temperature: Divides the scores of teacher and student; 1 as published, for unnormalized vectors.
         compressed_weight: Weight of the term on the scores that the index gives (w_pq).
         list_weight: Weight of the term on the scores of the inverted lists' centroids (w_ivf), for a head with lists.
@@ -50,7 +51,7 @@ class DistillationConfig(LossConfig):
     name: ClassVar[str] = "distillation"
 
     objective: ObjectiveName = "listnet"
-    teacher: Literal["frozen", "live"] = "frozen"
+    teacher: Literal["frozen", "live", "given"] = "frozen"
     temperature: float = 0.05
     compressed_weight: float = 1.0
     list_weight: float | None = None
@@ -61,8 +62,8 @@ class DistillationConfig(LossConfig):
         check_temperature(self.temperature)
         if self.objective not in OBJECTIVES:
             raise InputError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}.")
-        if self.teacher not in ("frozen", "live"):
-            raise InputError(f"teacher must be frozen or live, got {self.teacher!r}.")
+        if self.teacher not in ("frozen", "live", "given"):
+            raise InputError(f"teacher must be frozen, live or given, got {self.teacher!r}.")
         for name in ("compressed_weight", "list_weight", "dense_weight", "label_weight"):
             if not 0 <= (getattr(self, name) or 0.0) < float("inf"):
                 raise InputError(f"{name} must be zero or more, got {getattr(self, name)}.")
@@ -78,8 +79,13 @@ class DistillationConfig(LossConfig):
 
     @property
     def needs_head(self) -> bool:
-        """Whether there are no labels to learn from before the head's start."""
-        return not self.label_weight
+        """Whether there is nothing to learn from before the head's start: neither labels nor given scores."""
+        return not self.label_weight and self.teacher != "given"
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether negatives must come with scores."""
+        return self.teacher == "given"
 
     def build(self) -> Distillation:
         """Return the loss."""
@@ -111,9 +117,15 @@ class Distillation(RetrievalLoss):
         config = self.config
         teacher = (batch.dense if config.teacher == "live" else batch.teacher).detach()  # type: ignore[union-attr]
 
+        left_out = batch.repeated
+        if (
+            config.teacher == "given"
+        ):  # a query's own documents differ, though other queries may have brought them
+            left_out, teacher = teacher.isnan(), teacher.nan_to_num()
+
         def compare(scores: Tensor) -> Tensor:
             return OBJECTIVES[config.objective](
-                teacher / config.temperature, scores / config.temperature, batch.repeated, batch.labels
+                teacher / config.temperature, scores / config.temperature, left_out, batch.labels
             )
 
         parts = {}
