@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import packages_distributions
 
 import torch
 
 from launch.arguments import parse, verb_parser
 from retriever import InputError
+from training.system import installed_version, names_of_cards
 
 __all__ = ["describe", "run"]
 
@@ -40,20 +41,12 @@ def describe() -> dict[str, str]:
         "platform": platform.platform(),
         "cpu_threads": str(torch.get_num_threads()),
     }
-    found |= {name: _version(name) for name in LIBRARIES}
+    found |= {name: installed_version(name) for name in LIBRARIES}
     found["cuda (torch)"] = torch.version.cuda or "none"
-    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found["cards"] = ", ".join(cards) or "none"
+    found["cards"] = names_of_cards()
     found["faiss distribution"] = ", ".join(sorted(set(packages_distributions().get("faiss", [])))) or "none"
     found |= _faiss()
     return found
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _faiss() -> dict[str, str]:

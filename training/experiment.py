@@ -299,6 +299,7 @@ class TrackingConfig:
         name: Name of the run; by default the output folder's.
         tags: Tags of the run.
         every: Steps between two rows of metrics.
+        log_model: Send the best model to wandb as an artifact when the run ends.
     """
 
     trackers: list[str] = field(default_factory=list)
@@ -306,9 +307,12 @@ class TrackingConfig:
     name: str | None = None
     tags: list[str] = field(default_factory=list)
     every: int = 10
+    log_model: bool = False
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "tracking.every", self.every, "at least 1")
+        if self.log_model and "wandb" not in self.trackers:
+            raise InputError("tracking.log_model sends the model to wandb. Put wandb into tracking.trackers.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""metrics.jsonl and experiment trackers. The only place that knows trackers' names.
+"""metrics.jsonl, starts.jsonl and experiment trackers. The only place that knows trackers' names.
 
 Metric names: `train/...`, `head/...`, `perf/...`, `eval/dense/...`, `eval/compressed/...`.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import yaml
 from training.checkpoint import Progress
 from training.experiment import Experiment
 from training.recipe import dump_experiment
+from training.system import describe_system
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,6 +26,8 @@ __all__ = ["RunLog", "flatten"]
 
 class RunLog:
     """Writes rows of metrics to `metrics.jsonl` and to the trackers that accelerate was given.
+
+    What the run runs on goes to `starts.jsonl`, a line for each start or resume, and to the trackers' configuration.
 
     Args:
         folder: The run's folder.
@@ -39,9 +43,13 @@ class RunLog:
         self._accelerator = accelerator
         if not accelerator.is_main_process:
             return
+        system = describe_system(accelerator)
+        with (folder / "starts.jsonl").open("a", encoding="utf-8") as file:
+            started = datetime.now(UTC).isoformat(timespec="seconds")
+            file.write(json.dumps({"step": progress.step, "time": started, **system}) + "\n")
         _truncate(self._path, progress.step)
         if experiment.tracking.trackers:
-            self._start_trackers(folder, experiment, progress.run_id)
+            self._start_trackers(folder, experiment, progress, system)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Append one row, on the main process."""
@@ -50,16 +58,39 @@ class RunLog:
                 file.write(json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log(values, step=step)
 
+    def log_model(self, folder: Path, metrics: dict[str, float]) -> None:
+        """Send a model folder to Weights & Biases as an artifact, on the main process."""
+        if not self._accelerator.is_main_process:
+            return
+        import wandb
+
+        run = self._accelerator.get_tracker("wandb", unwrap=True)
+        artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metrics)
+        artifact.add_dir(str(folder))
+        run.log_artifact(artifact, aliases=[folder.name])
+
     def close(self) -> None:
         """Finish the trackers."""
         self._accelerator.end_training()
 
-    def _start_trackers(self, folder: Path, experiment: Experiment, run_id: str) -> None:
+    def _start_trackers(
+        self, folder: Path, experiment: Experiment, progress: Progress, system: dict[str, str]
+    ) -> None:
         tracking = experiment.tracking
-        name = tracking.name or folder.name
-        wandb = {"name": name, "tags": tracking.tags, "id": run_id, "resume": "allow", "dir": str(folder)}
-        config = flatten(yaml.safe_load(dump_experiment(experiment)))
-        self._accelerator.init_trackers(tracking.project, config=config, init_kwargs={"wandb": wandb})
+        options = {
+            "wandb": {
+                "name": tracking.name or folder.name,
+                "tags": tracking.tags,
+                "id": progress.run_id,
+                "resume": "allow",
+                "dir": str(folder),
+            },
+            "tensorboard": {
+                "purge_step": progress.step + 1
+            },  # rows that a kill left behind, and that come again
+        }
+        config = flatten(yaml.safe_load(dump_experiment(experiment)) | {"system": system})
+        self._accelerator.init_trackers(tracking.project, config=config, init_kwargs=options)
 
 
 def _truncate(path: Path, step: int) -> None:

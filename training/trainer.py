@@ -93,6 +93,8 @@ class Trainer:
                 log.close()
                 raise
             report = self._finish()
+            if self.experiment.tracking.log_model:
+                log.log_model(report.best, report.metrics)
             log.close()  # ends the process group, so it comes last
         return report
 
@@ -101,6 +103,7 @@ class Trainer:
         run, config = self.run, self.experiment
         self._evaluate_if_due(log)  # a signal may have left no time for it
         self._started, self._pairs = time.perf_counter(), 0
+        self._places = torch.zeros(2, device=run.accelerator.device)
         self._round: Round = (ChunkedRound if self.experiment.optimization.chunk_size else WholeRound)(run)
         rounds = run.rounds()
         with tqdm(
@@ -139,6 +142,7 @@ class Trainer:
             group["lr"] = group["peak_lr"] * factor
         compress = step >= run.head_start
         for number, chunks in enumerate(islice(rounds, optimization.accumulation)):
+            self._count_places(chunks)
             seen = self._round(chunks, compress=compress, last=number == optimization.accumulation - 1)
             for name, value in seen.parts.items():
                 row[f"train/loss_{name}"] += value / optimization.accumulation
@@ -153,7 +157,7 @@ class Trainer:
         if compress:
             row |= self._care_for_codebooks(step, seen)
         self._pairs += optimization.batch_size
-        return {**row, "train/lr": run.optimizer.param_groups[0]["lr"]}
+        return {**row, "train/lr": optimization.lr * factor, "train/lr_head": optimization.head_lr * factor}
 
     def _care_for_codebooks(self, step: int, seen: RoundResult) -> dict[str, Tensor | float]:
         """Measure the codebooks' use and distortion; restart dead codewords."""
@@ -229,18 +233,29 @@ class Trainer:
         step = self.run.progress.step if step is None else step
         return step == self.run.steps or (bool(every) and step % every == 0)
 
+    def _count_places(self, chunks: Sequence[TokenBatch]) -> None:
+        """Count the places of token matrices, and those that hold a token."""
+        for tokens in (tokens for chunk in chunks for tokens in (chunk.queries, chunk.documents)):
+            if "attention_mask" in tokens:
+                mask = tokens["attention_mask"]
+                self._places += torch.stack([mask.sum(), mask.new_tensor(mask.numel())])
+
     def _collect(self, row: dict[str, Tensor | float]) -> dict[str, float]:
-        """Return the numbers of a row, means over the processes, with the loss and the speed since the last row."""
+        """Return the numbers of a row, means over the processes, with loss, speed and padding since the last row."""
         on_device = {name: value for name, value in row.items() if isinstance(value, Tensor)}
         means = self.run.accelerator.reduce(torch.stack(list(on_device.values())), "mean").tolist()
         values = {
             name: float(value) for name, value in {**row, **dict(zip(on_device, means, strict=True))}.items()
         }
+        values["train/loss"] = sum(value for name, value in values.items() if name.startswith("train/loss_"))
         now = time.perf_counter()
-        speed = self._pairs / (now - self._started)
+        values["perf/pairs_per_second"] = self._pairs / (now - self._started)
+        used, places = self.run.accelerator.reduce(self._places, "sum").tolist()
+        if places:
+            values["perf/padding_share"] = 1 - used / places
         self._started, self._pairs = now, 0
-        loss = sum(value for name, value in values.items() if name.startswith("train/loss_"))
-        return {**values, "train/loss": loss, "perf/pairs_per_second": speed}
+        self._places.zero_()
+        return values
 
     def _seed(self, step: int, rank: int | None = None) -> int:
         """Return the seed of a step, of this process unless another rank is given."""
