@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from retriever import DualEncoderConfig, InputError
-from retriever.heads import ProductQuantizerConfig
+from retriever.heads import NoCompressionConfig, ProductQuantizerConfig
 from training import Experiment, Trainer, TrainingReport, dump_experiment, load_experiment
 from training.experiment import (
     CheckpointConfig,
@@ -157,3 +157,23 @@ def test_given_scores_without_given_negatives_are_refused(
             DataConfig(source=str(scored_data)),
             DistillationConfig(teacher="given"),
         )
+
+
+def test_the_share_of_padding_is_that_of_the_token_matrices(tiny_model: Path, tmp_path: Path) -> None:
+    """Eight queries of a word, four documents of a word and four of nine; each text has two special tokens more.
+
+    24 places of queries hold 24 tokens, 8 x 11 places of documents hold 4 x 3 + 4 x 11.
+    """
+    folder = tmp_path / "data"
+    (folder / "qrels").mkdir(parents=True)
+    texts = [f"w{row}" if row % 2 else " ".join(f"w{row + word}" for word in range(9)) for row in range(8)]
+    lines = [json.dumps({"_id": f"d{row}", "text": text}) + "\n" for row, text in enumerate(texts)]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": f"q{row}", "text": f"w{row}"}) + "\n" for row in range(8))
+    )
+    for split in ("train", "dev"):
+        (folder / f"qrels/{split}.tsv").write_text("".join(f"q{row}\td{row}\t1\n" for row in range(8)))
+    experiment = make_experiment(tiny_model, tmp_path / "run", DataConfig(source=str(folder)), steps=2)
+    plain = replace(experiment, live_negatives=LiveNegativesConfig(), head=NoCompressionConfig())
+    assert rows(train(plain), "perf/padding_share") == pytest.approx([1 - 80 / 112] * 2)

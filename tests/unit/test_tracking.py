@@ -162,7 +162,7 @@ def test_wandb_continues_the_same_run_and_gets_the_model(
     tmp_path: Path, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Offline, as on a cluster without a network; its files hold Protocol Buffers, whose texts stand there plain."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "best").mkdir()
     (tmp_path / "best" / "model.safetensors").write_bytes(b"weights")
@@ -177,6 +177,7 @@ def test_wandb_continues_the_same_run_and_gets_the_model(
         if step:
             log.log_model(tmp_path / "best", {"dense/ndcg@10": 0.5})
         log.close()
+    wandb.teardown()  # as when the process ends: its service writes the files
     files = sorted(tmp_path.rglob("run-*.wandb"))
     assert [path.name for path in files] == 2 * [f"run-{progress.run_id}.wandb"]
     first, second = (path.read_bytes() for path in files)
