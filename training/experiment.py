@@ -311,8 +311,6 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "tracking.every", self.every, "at least 1")
-        if self.log_model and "wandb" not in self.trackers:
-            raise InputError("tracking.log_model sends the model to wandb. Put wandb into tracking.trackers.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,15 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from retriever import InputError
 from training.checkpoint import Progress
-from training.experiment import Experiment
+from training.experiment import Experiment, TrackingConfig
 from training.recipe import dump_experiment
 from training.system import describe_system
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-__all__ = ["RunLog", "flatten"]
+__all__ = ["RunLog", "check_tracking", "flatten"]
+
+
+def check_tracking(config: TrackingConfig) -> None:
+    """Raise InputError if no tracker can do what is asked of it."""
+    if config.log_model and "wandb" not in config.trackers:
+        raise InputError("tracking.log_model sends the model to wandb. Put wandb into tracking.trackers.")
 
 
 class RunLog:

@@ -32,7 +32,7 @@ from training.rounds import Round, RoundResult, WholeRound
 from training.run import TrainingRun
 from training.run_folder import refuse_finished
 from training.sharding import average_replicated
-from training.tracking import RunLog
+from training.tracking import RunLog, check_tracking
 
 __all__ = ["Trainer", "TrainingReport"]
 
@@ -82,6 +82,7 @@ class Trainer:
             InputError: If data, model or output folder are not fit for the run.
             Preempted: If SIGTERM or SIGUSR1 came; the step is finished and a checkpoint written.
         """
+        check_tracking(self.experiment.tracking)
         refuse_finished(Path(self.experiment.output), resume)
         with StopRequest() as stop:
             self.run = run = TrainingRun(self.experiment, self.quantizer_fit, self.start_vectors)

@@ -114,7 +114,7 @@ Run = tuple[Experiment, TrainingReport]
 
 def test_a_run_leaves_metrics_checkpoints_and_two_models(run: Run) -> None:
     names = {path.name for path in Path(run[0].output).iterdir()}
-    assert names == {"metrics.jsonl", "checkpoints", "best", "last"}
+    assert names == {"metrics.jsonl", "starts.jsonl", "checkpoints", "best", "last"}
 
 
 def test_every_step_has_a_row_of_metrics(run: Run) -> None:

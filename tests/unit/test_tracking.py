@@ -18,7 +18,7 @@ from training import Experiment
 from training.checkpoint import Progress
 from training.experiment import DataConfig, TrackingConfig
 from training.losses import MCLConfig
-from training.tracking import RunLog
+from training.tracking import RunLog, check_tracking
 
 ROWS = [
     {"step": 1, "train/loss": 4.5},
@@ -154,7 +154,7 @@ def test_a_model_artifact_needs_wandb() -> None:
     with pytest.raises(
         InputError, match=r"log_model sends the model to wandb. Put wandb into tracking.trackers"
     ):
-        TrackingConfig(log_model=True, trackers=["tensorboard"])
+        check_tracking(TrackingConfig(log_model=True, trackers=["tensorboard"]))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
