@@ -5,11 +5,11 @@ Document vectors stay; only the J centroids are trained, from k-means on, by the
   documents  Distill-VQ's term: ListNet between the dense scores of all documents and those of their lists' centroids.
   lists      the same probabilities summed by list, against a softmax over the J centroids (ours).
 
-each with lists that stay (`frozen`) or follow the centroids (`live`). `recall` is the share of judged documents whose list
-is among the `nprobe` best of the query; `scanned` is how many documents those lists hold, mean over queries: lists that
-grow find more and cost more, so the last column compares at equal work: recall less that of k-means at as many scanned
-documents (linear in the logarithm between its own points). Blind: judged documents are in nobody's training, and are
-only put into lists.
+each with lists that stay (`frozen`) or follow the centroids (`live`). `recall` is the share of judged documents whose
+list is among the `nprobe` best of the query; `scanned` is how many documents those lists hold, mean over queries. Lists
+that grow find more and cost more, so the last column compares at equal work: recall less that of k-means at as many
+scanned documents (linear in the logarithm between its own points). Blind: judged documents are in no training, and
+are only put into lists.
 """
 
 from __future__ import annotations
