@@ -278,7 +278,8 @@ exact = pytest.mark.parametrize("mode", ["rows", "full"])
 
 
 def test_every_registered_loss_is_tested_here() -> None:
-    assert {config.name for config in RETRIEVAL.values()} == set(LOSSES)
+    """All but the squared error, a mean over documents that test_chunked.py has on several processes."""
+    assert {config.name for config in RETRIEVAL.values()} == set(LOSSES) - {"reconstruction"}
 
 
 @exact

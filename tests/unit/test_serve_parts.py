@@ -104,6 +104,7 @@ def test_a_path_below_the_swap_root_is_taken_relative_or_absolute(tmp_path: Path
 
 class FakeSearcher:
     document_ids = ("d0",)
+    takes_vectors = False
 
     def __init__(self, folder: Path) -> None:
         if (folder / "damaged").exists():
