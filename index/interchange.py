@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from index._faiss import load_faiss
+from index.builders.base import num_lists
 from index.lines import Lines
 from retriever import Document, InputError
 from retriever.dual_encoder import load_head
@@ -35,6 +36,7 @@ from retriever.heads import (
     CoarseProductCodebooks,
     FaissExport,
     FlatVectors,
+    NeuralCodec,
     ProductCodebooks,
 )
 from retriever.scores import Metric
@@ -186,7 +188,7 @@ class CodeSource:
         found: dict[str, Tensor | None] = {}
         if isinstance(export, ProductCodebooks | AdditiveCodebooks):
             found = {"codebooks": export.codebooks, "rotation": export.rotation}
-        if isinstance(export, CoarseProductCodebooks | CoarseAdditiveCodebooks):
+        if isinstance(export, CoarseProductCodebooks | CoarseAdditiveCodebooks | NeuralCodec):
             found["centroids"] = export.centroids
         return {name: value.numpy().astype(np.float32) for name, value in found.items() if value is not None}
 
@@ -194,7 +196,7 @@ class CodeSource:
         self,
     ) -> Iterator[tuple[Int[NDArray[np.int64], " n"] | None, Int[NDArray[np.int64], "n M"]]]:
         """Yield list numbers (None where there are no lists) and codes, block by block."""
-        learned = isinstance(self.export, CoarseProductCodebooks | CoarseAdditiveCodebooks)
+        learned = num_lists(self.export) > 0
         for packed in self._packed():
             codes = self.head.unpack(packed).numpy()
             yield (codes[:, 0], codes[:, 1:]) if learned else (None, codes)

@@ -7,8 +7,8 @@ the decoded vectors again, which gives our codes except where codewords tie. Wha
   decoded vector, which need not be that of the document (overlap@10 of 0.96 to 0.98 where centroids were sampled
   vectors, 1.0 where they were k-means').
 * With metric dot it encodes whole vectors, not residuals: with a residual codebook for inner products overlap@10 was
-  0.2 to 0.5. So that, bits other than 4 and 8, an odd number of 4-bit codebooks and additive codes get IVF_FLAT over
-  the same lists, which scores the decoded vectors themselves, at 4 bytes a dimension.
+  0.2 to 0.5. So that, bits other than 4 and 8, an odd number of 4-bit codebooks, additive codes and those of a
+  network get IVF_FLAT over the same lists, which scores the decoded vectors themselves, at 4 bytes a dimension.
 
 Vectors are stored behind the rotation, as the codebook is; a query is multiplied by `rotation.npy` first. Endex
 streams; the memory of Lance's own index build grows with the documents.
@@ -136,6 +136,9 @@ def _centroids(source: CodeSource) -> Float[NDArray[np.float32], "J D"]:
 def _rotated(source: CodeSource) -> Iterator[Float[NDArray[np.float32], "n D"]]:
     """Yield decoded vectors behind the rotation."""
     arrays = source.arrays
+    if "codebooks" not in arrays:  # a network decodes
+        yield from source.vectors()
+        return
     additive = not isinstance(source.export, ProductCodebooks)
     for lists, codes in source.split_codes():
         yield decode(arrays["codebooks"], arrays.get("centroids"), codes, lists, additive=additive)

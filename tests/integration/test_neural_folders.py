@@ -113,6 +113,20 @@ def test_a_folder_in_another_form_needs_no_model(
     assert np.abs(ours - theirs).max() < 1e-6
 
 
+@every_head
+def test_lance_gets_the_decoded_vectors_in_the_heads_lists(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("lance")
+    from index.lance_dataset import search_lance, write_lance
+
+    _, index = folders[name]
+    write_lance(index, tmp_path / "out")
+    vectors = Searcher(index).embed(["w9", "w3 w4"])
+    scores, _ = search_lance(tmp_path / "out", vectors, 5)
+    assert np.abs(scores - -np.sort(-exhaustive(index, vectors), axis=1)[:, :5]).max() < 1e-5
+
+
 def test_pairs_see_lists_by_codes_of_their_centroids(folders: dict[str, tuple[Path, Path]]) -> None:
     many = Searcher(folders["qinco in lists"][1])._cascade  # 20 lists, 16 values of a code
     few = Searcher(folders["qinco2 in lists"][1])._cascade  # 8 lists
