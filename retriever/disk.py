@@ -36,6 +36,7 @@ __all__ = [
     "DiskDocuments",
     "JoinedDocuments",
     "NamedDocuments",
+    "document_ids",
     "document_keys",
     "document_rows",
     "joined_name",
@@ -210,7 +211,7 @@ class NamedDocuments(Mapping[str, Document]):
 
     def __init__(self, number: int, documents: Mapping[str, Document]) -> None:
         self._documents, self._prefix = documents, joined_name(number, "")
-        ids, rows = document_rows(documents)
+        ids, rows = document_ids(documents), document_rows(documents)
         self.ids = Rows(len(ids), lambda row: self._prefix + ids[row])
         self.rows = Rows(len(rows), lambda row: self._named(rows[row]))
 
@@ -268,6 +269,9 @@ class JoinedDocuments(Mapping[str, Document]):
         return values(self._parts[number])[row - (self._ends[number - 1] if number else 0)]
 
 
+ROWS = (DiskDocuments, NamedDocuments, JoinedDocuments)  # give documents by row
+
+
 def joined_name(number: int, name: str) -> str:
     """Return the name of a query or document of one of several sets."""
     return f"{number}:{name}"
@@ -292,11 +296,14 @@ def open_documents(source: str | Path, cache: Path | None = None) -> DiskDocumen
     return DiskDocuments(table, cache or _default_cache())
 
 
-def document_rows(documents: Mapping[str, Document]) -> tuple[Sequence[str], Sequence[Document]]:
-    """Return ids and documents by row; of a corpus on disk without reading it."""
-    if isinstance(documents, DiskDocuments | NamedDocuments | JoinedDocuments):
-        return documents.ids, documents.rows
-    return list(documents), list(documents.values())
+def document_ids(documents: Mapping[str, Document]) -> Sequence[str]:
+    """Return ids by row; of a corpus on disk without reading it."""
+    return documents.ids if isinstance(documents, ROWS) else list(documents)
+
+
+def document_rows(documents: Mapping[str, Document]) -> Sequence[Document]:
+    """Return documents by row; of a corpus on disk without reading it."""
+    return documents.rows if isinstance(documents, ROWS) else list(documents.values())
 
 
 def document_keys(documents: Mapping[str, Document]) -> NDArray[np.int64]:

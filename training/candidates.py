@@ -143,7 +143,7 @@ def build_candidates(
         coded = live.per_query and live.by == "compressed"
         bytes_do = head.code_bits <= 8 and head.code_size <= head.num_codes
         corpus = TrainingCorpus(
-            document_rows(documents)[1],
+            document_rows(documents),
             head.num_codes if coded else 0,
             code_dtype=torch.uint8 if bytes_do else torch.int32,
             keys=torch.from_numpy(document_keys(documents)),

@@ -19,6 +19,7 @@ import torch
 from retriever import InputError, RetrievalData, TextPair, read_data
 from retriever.beir import read_scores
 from retriever.disk import JoinedDocuments, NamedDocuments, joined_name
+from retriever.vectors import is_vectors
 from training.experiment import DataConfig
 from training.negatives import BatchPlan, Draw, PairDataset
 
@@ -43,7 +44,7 @@ def read_sets(config: DataConfig, *, scored: bool = False) -> list[RetrievalData
         if scored:
             data = replace(data, scores=read_scores(one.source, data.documents))
             _check_scored(data, one.source)
-        sets.append(data if on_disk else without_copies(data))
+        sets.append(data if on_disk or is_vectors(one.source) else without_copies(data))
     return sets
 
 
@@ -61,7 +62,7 @@ def _check_scored(data: RetrievalData, source: str) -> None:
 def without_copies(data: RetrievalData) -> RetrievalData:
     """Return the data with documents of equal title and text as one, the first: else they would be negatives.
 
-    Documents without a text, as vectors are, have no copies.
+    Documents without a text have no copies.
     """
     first: dict[tuple[str, str], str] = {}
     name = {

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from retriever import RetrievalData, TextPair
-from retriever.disk import document_rows
+from retriever.disk import document_ids
 from retriever.errors import InputError
 
 __all__ = ["BatchPlan", "PairDataset"]
@@ -42,7 +42,7 @@ class PairDataset(torch.utils.data.Dataset[TextPair]):
             for document, score in judged.items()
             if score > 0
         ]
-        self._document_ids = document_rows(data.documents)[0] if negatives_per_query else []
+        self._document_ids = document_ids(data.documents) if negatives_per_query else []
         needed = negatives_per_query + max(map(len, data.qrels.values()), default=0)
         if negatives_per_query and len(self._document_ids) <= needed:
             raise InputError(

@@ -13,6 +13,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from retriever.distributed import world_size
 
@@ -45,6 +46,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received = False
         self._before: dict[signal.Signals, Any] = {}
+        self._last: Tensor | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -58,12 +60,16 @@ class StopRequest:
             signal.signal(name, handler)
 
     def agreed(self, device: torch.device) -> bool:
-        """Whether any process was asked to stop. All call this together, so that all stop after the same step."""
+        """Whether any process was asked to stop. All call this together after every step, so that all stop at once.
+
+        On accelerators the answer is that of the step before, so that nothing waits for the device.
+        """
         if world_size() == 1:
             return self.received
-        asked = torch.tensor(int(self.received), device=device)
+        asked = torch.full((), int(self.received), device=device)
         torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        return bool(asked.item())
+        answer, self._last = (asked if device.type == "cpu" else self._last), asked
+        return answer is not None and bool(answer.item())
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True

@@ -35,7 +35,7 @@ from retriever import (
     read_data,
 )
 from retriever.data import document_key
-from retriever.disk import document_rows
+from retriever.disk import document_ids
 from retriever.heads import QuantizerFit
 from training.candidates import build_candidates, freeze_towers
 from training.checkpoint import Progress, checkpoint_folder, load_checkpoint, save_checkpoint
@@ -299,7 +299,7 @@ class TrainingRun:
 
     def _warm_start_ids(self) -> Sequence[str]:
         if self.experiment.optimization.warm_start_from == "corpus":
-            return document_rows(self.data.documents)[0]
+            return document_ids(self.data.documents)
         return sorted({document for _, document in self.dataset.rows})
 
 

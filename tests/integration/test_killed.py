@@ -296,6 +296,19 @@ def test_signals_have_their_effect_again_after_a_run() -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_on_a_device_that_is_not_waited_for_the_answer_is_that_of_the_step_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The meta device stands for it; of two processes the other one is asked to stop at the second step."""
+    others = iter([0, 1, 0])
+    full = torch.full
+    monkeypatch.setattr("training.preemption.world_size", lambda: 2)
+    monkeypatch.setattr(torch, "full", lambda size, value, device: full(size, value))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, _: x.clamp_(min=next(others)))
+    stop = StopRequest()
+    assert [stop.agreed(torch.device("meta")) for _ in range(3)] == [False, False, True]
+
+
 STOPPED = """
 import os, signal, sys
 from launch.main import main

@@ -16,6 +16,7 @@ from retriever.disk import (
     DiskDocuments,
     JoinedDocuments,
     NamedDocuments,
+    document_ids,
     document_keys,
     document_rows,
     open_documents,
@@ -53,7 +54,8 @@ def test_documents_on_disk_are_those_in_memory_in_their_order(source: Path) -> N
 
 
 def test_documents_are_found_by_row(source: Path) -> None:
-    ids, rows = document_rows(open_documents(source))
+    documents = open_documents(source)
+    ids, rows = document_ids(documents), document_rows(documents)
     expected = list(read_corpus(source))
     assert [ids[row] for row in (0, 79, -1)] == ["d0", "d79", "d79"]
     assert rows[10:13] == expected[10:13]
@@ -144,7 +146,7 @@ def test_several_corpora_keep_equal_ids_apart(tiny_data: Path) -> None:
     names = ["0:a", "0:b", *(f"1:d{row}" for row in range(80)), "2:a", "2:b"]
     assert list(joined) == names
     assert [joined[name].id for name in names] == names
-    ids, rows = document_rows(joined)
+    ids, rows = document_ids(joined), document_rows(joined)
     assert [ids[row] for row in range(len(joined))] == [rows[row].id for row in range(len(joined))] == names
     assert joined["1:d5"].text == second["d5"].text
     for name in ("3:a", "a", "0:d5", "1:a"):
