@@ -78,12 +78,7 @@ class Recipe:
 
 
 RECIPES = {
-    "pq": Recipe(
-        head="pq",
-        options={"distortion_weight": 1.0, "rotation": "givens_greedy"},
-        epochs=(6, 6),
-        head_lr=3e-4,
-    ),
+    "pq": Recipe(head="pq", options={"distortion_weight": 1.0}, epochs=(6, 6), head_lr=3e-4),
     "rq": Recipe(head="rq", options={"distortion_weight": 1.0, "beam": 5}, epochs=(6, 6), head_lr=3e-4),
     "unq": Recipe(
         head="unq",
@@ -120,10 +115,19 @@ CNT_RECIPE = Recipe(
 )
 SEARCH = ("PQ", "HNSW", *(f"CNT {name} + {form}" for name in CNT for form in ("PQ", "HNSW")))
 SYSTEMS = (*FAISS, *RECIPES, *SEARCH)
-MINUTES = {  # of one core, at 50,000 training vectors, 100,000 of base and 8 bytes; twice that at 16
-    "FAISS OPQ": 1.5,
-    "FAISS RQ": 1.5,
-    "FAISS LSQ": 6.0,
+MINUTES = {  # of one core at 50,000 training vectors, 100,000 of base and 8 bytes; twice at 16. FAISS, rq and HNSW are
+    # measured, the others estimated from the time of a step
+    "FAISS OPQ": 1.6,
+    "FAISS RQ": 1.4,
+    "FAISS LSQ": 8.2,
+    "pq": 1.0,
+    "rq": 2.2,
+    "unq": 4.0,
+    "qinco": 9.0,
+    "qinco2": 9.0,
+    "HNSW": 1.0,
+    "CNT x2 + PQ": 6.0,
+    "CNT x4 + PQ": 6.0,
 }
 
 
@@ -153,6 +157,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch and FAISS")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/codecs"), help="folder of the results")
+    parser.add_argument("--cached", action="store_true", help="only show what is there; name what is missing")
     options = parser.parse_args()
     unknown = set(options.systems) - set(SYSTEMS)
     if unknown:
@@ -163,8 +168,9 @@ def main() -> None:
     load_faiss().omp_set_num_threads(options.threads)
     study = Study(options)
     rows = study.rows()
-    show(rows, study)
-    common.write_result(options.json, options, rows, vectors=study.sizes)
+    if rows:
+        show(rows, study)
+    common.write_result(options.json, options, rows, vectors=study.sizes, missing=study.missing)
 
 
 class Study:
@@ -184,6 +190,7 @@ class Study:
         self.truth = np.array([int(next(iter(qrels[str(query)]))) for query in range(len(self.queries))])
         self.tower = VectorInput.standardizing(torch.from_numpy(self.learn))
         self.out: Path = options.out / f"{self.source.name}-{options.options}-{options.seed}"
+        self.missing: list[str] = []  # cells that --cached leaves out
 
     def rows(self) -> list[Result]:
         """Return the rows of all systems and sizes; those that are not kept are made, and their time is told first."""
@@ -201,11 +208,15 @@ class Study:
         rows = []
         for system, size, run in cells:
             path = self._path(system, size)
+            if (system, size, run) in left and self.options.cached:
+                self.missing.append(f"{system}, {size} bytes")
+                continue
             if (system, size, run) in left:
                 print(f"{system}, {size} bytes, about {self.minutes(system, size):.1f} minutes", flush=True)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_json(path, run())
-            rows.append({"system": system, "bytes": size, **read_json(path)})
+            row = {"system": system, "bytes": size, **read_json(path)}
+            rows.append(row | {"bytes": 4 * row["dimensions"]} if "HNSW" in system else row)  # and its links
         return rows
 
     def minutes(self, system: str, size: int) -> float:
@@ -231,8 +242,9 @@ class Study:
 
     def _path(self, system: str, size: int) -> Path:
         """Return where a cell is kept; one of other settings is another cell."""
-        recipe = CNT_RECIPE if "CNT" in system else RECIPES.get(system)
-        settings = repr((recipe, recipe and self.options.budget, recipe and max(self.options.bytes)))
+        recipe = CNT_RECIPE if "CNT" in system else RECIPES.get(system.lower())
+        longest = max(self.options.bytes) if recipe and recipe.multi_rate else None
+        settings = repr((recipe, recipe and self.options.budget, longest))
         key = hashlib.blake2b(settings.encode(), digest_size=3).hexdigest()
         return self.out / f"{system.replace(' ', '_')}-{size}-{key}.json"
 
