@@ -111,8 +111,9 @@ def faiss_quantizer(dim: int, factory: str, metric: Metric, seed: int) -> Any:
     inner, clusterings = built, []
     if factory.startswith("OPQ"):
         inner = faiss.downcast_index(built.index)
-        opq = faiss.ProductQuantizer(dim, inner.pq.M, inner.pq.nbits)
-        faiss.downcast_VectorTransform(built.chain.at(0)).pq = opq
+        matrix = faiss.downcast_VectorTransform(built.chain.at(0))
+        opq = faiss.ProductQuantizer(matrix.d_out, inner.pq.M, inner.pq.nbits)
+        matrix.pq = opq
         built.referenced_objects = [opq]
         clusterings.append(opq.cp)
     if "LSQ" in factory:

@@ -45,7 +45,12 @@ from retriever import (
     read_queries,
 )
 from retriever.folder import read_json, write_json
-from retriever.heads import IVFProductQuantizerConfig, NoCompressionConfig, ProductQuantizerConfig
+from retriever.heads import (
+    HeadConfig,
+    IVFProductQuantizerConfig,
+    NoCompressionConfig,
+    ProductQuantizerConfig,
+)
 from training import Experiment, Trainer, evaluate_index, load_experiment, measure
 from training.evaluate import select_evaluation
 from training.losses import ContrastiveConfig
@@ -168,12 +173,11 @@ class Study:
 
     def _joint(self, method: str, reading: str, size: int, start: Path) -> Result:
         """Train a recipe from the start, export it to FAISS, and search there."""
-        recipe = load_experiment(Path(f"configs/{method}.yaml"))
-        assert isinstance(recipe.head, ProductQuantizerConfig), "the recipes are product quantizers"
+        recipe = self._recipe(method)
         folder = self.out / reading / f"{method}-{size}"
         experiment = replace(
             self._from_start(recipe, folder, str(start / "encoder"), reading),
-            head=replace(recipe.head, num_codebooks=size),
+            head=self._sized(recipe.head, size),
         )
         model = self._fit(experiment)
         documents = list(self.data.documents.values())
@@ -189,15 +193,23 @@ class Study:
         )
         searcher = Searcher(folder / "index")
         result: Result = {"file_bytes": report.index_bytes / len(documents)}
-        if isinstance(experiment.head, IVFProductQuantizerConfig):
+        if isinstance(lists := getattr(experiment.head, "inner", experiment.head), IVFProductQuantizerConfig):
             for probes in PROBES:
                 searcher.probe(probes)
                 result[f"recall@100 nprobe {probes}"] = evaluate_index(searcher, self.data, precision="bf16")[
                     0
                 ]["recall@100"]
-            searcher.probe(experiment.head.num_lists)
+            searcher.probe(lists.num_lists)
         metrics, run = evaluate_index(searcher, self.data, precision="bf16")
         return {**result, **metrics, "per_query": self._per_query(run)}
+
+    def _recipe(self, method: str) -> Experiment:
+        return load_experiment(Path(f"configs/{method}.yaml"))
+
+    def _sized(self, head: HeadConfig, size: int) -> HeadConfig:
+        """Return a recipe's head with codes of so many bytes."""
+        assert isinstance(head, ProductQuantizerConfig), "the recipes are product quantizers"
+        return replace(head, num_codebooks=size)
 
     def _post_hoc(self, name: str, metric: str, vectors: dict[str, Tensor], reading: str) -> Result:
         """Fit FAISS's own quantizer on the control's vectors, add them, and search."""

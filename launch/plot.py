@@ -8,7 +8,7 @@ from typing import Any
 
 from retriever import InputError
 
-__all__ = ["plot_probes", "plot_speeds"]
+__all__ = ["plot_probes", "plot_sizes", "plot_speeds"]
 
 
 def plot_probes(path: Path, curves: Mapping[str, Mapping[int, float]], measure: str) -> None:
@@ -32,6 +32,33 @@ def plot_probes(path: Path, curves: Mapping[str, Mapping[int, float]], measure: 
     axes.set_ylabel(measure)
     axes.grid(alpha=0.3)
     axes.legend()
+    _write(figure, path)
+
+
+def plot_sizes(
+    path: Path, curves: Mapping[str, Mapping[int, float]], levels: Mapping[str, float], measure: str
+) -> None:
+    """Draw a measure against the bytes of a code, one line a curve and one level an uncompressed system, into `path`.
+
+    Raises:
+        InputError: If matplotlib is not installed, or does not know the file's ending.
+    """
+    figure = _figure(7, 4.5)
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        axes.plot(list(curve), list(curve.values()), marker="o", label=name)
+    for number, (name, value) in enumerate(levels.items()):
+        axes.axhline(value, color="black", linestyle=("--", ":")[number % 2], linewidth=1, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted({size for curve in curves.values() for size in curve}))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("bytes a document")
+    axes.set_ylabel(measure)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
     _write(figure, path)
 
 

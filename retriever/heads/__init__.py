@@ -22,6 +22,7 @@ from retriever.heads.ivfflat import IVFFlat, IVFFlatConfig
 from retriever.heads.ivfpq import IVFProductQuantizer, IVFProductQuantizerConfig
 from retriever.heads.ivfrq import IVFResidualQuantizer, IVFResidualQuantizerConfig
 from retriever.heads.none import NoCompression, NoCompressionConfig
+from retriever.heads.pca import PCA, PCAConfig
 from retriever.heads.pq import ProductQuantizer, ProductQuantizerConfig
 from retriever.heads.qinco import QINCo, QINCoConfig
 from retriever.heads.qinco2 import QINCo2, QINCo2Config
@@ -38,12 +39,14 @@ HEADS: dict[str, type[HeadConfig]] = {
     "qinco2": QINCo2Config,
     "unq": UNQConfig,
     "cnt": CNTConfig,
+    "pca": PCAConfig,
     "ivfflat": IVFFlatConfig,
 }
 
 __all__ = [
     "CNT",
     "HEADS",
+    "PCA",
     "UNQ",
     "AdditiveCodebooks",
     "CNTConfig",
@@ -64,6 +67,7 @@ __all__ = [
     "NeuralCodec",
     "NoCompression",
     "NoCompressionConfig",
+    "PCAConfig",
     "ProductCodebooks",
     "ProductQuantizer",
     "ProductQuantizerConfig",

@@ -8,22 +8,20 @@ Shapes: N documents, B queries, D dimensions, E = D expansion / tokens dimension
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from retriever.errors import InputError
-from retriever.heads.base import CompressionHead, FaissExport, HeadConfig, HeadOutput, QuantizerFit
-from retriever.heads.none import NoCompressionConfig
+from retriever.heads.base import HeadConfig, HeadOutput, QuantizerFit
+from retriever.heads.mapping import MappingHead, check_inner
 from retriever.transforms.batch_norm import calibrate
 from retriever.transforms.cnt import CompressionNetwork
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int, UInt8
-    from numpy.typing import NDArray
+    from jaxtyping import Float
 
 __all__ = ["CNT", "CNTConfig"]
 
@@ -66,10 +64,7 @@ class CNTConfig(HeadConfig):
             )
         if self.start not in get_args(StartName):
             raise InputError(f"start must be one of {', '.join(get_args(StartName))}, got {self.start!r}.")
-        if self.inner is not None and (self.inner.maps or isinstance(self.inner, NoCompressionConfig)):
-            raise InputError(
-                f"inner must be a head that quantizes, got {self.inner.name!r}. Leave inner out for float vectors."
-            )
+        check_inner(self.inner)
 
     @property
     def selects_softly(self) -> bool:
@@ -106,7 +101,7 @@ class CNTConfig(HeadConfig):
         return CNT(self, dim)
 
 
-class CNT(CompressionHead):
+class CNT(MappingHead):
     """y = network((x - mean) / deviation) deviation, then the inner head.
 
     Mean and deviation are one number each, of all components of the warm start's vectors; multiplying by the deviation
@@ -128,21 +123,11 @@ class CNT(CompressionHead):
 
     def __init__(self, config: CNTConfig, dim: int) -> None:
         config.check(dim)
-        out_dim = config.out_dim(dim)
-        inner = (config.inner or NoCompressionConfig()).build(out_dim)
-        if config.inner is not None and inner.metric != "l2":
-            raise InputError(
-                f"a network that keeps distances needs an inner head with metric l2, got {inner.metric!r}. Set "
-                "inner.metric l2."
-            )
-        super().__init__(
-            dim=dim, num_codes=inner.num_codes, code_bits=inner.code_bits, metric="l2", out_dim=out_dim
-        )
+        super().__init__(config.inner, dim, config.out_dim(dim))
         self._config = config
         self.network = CompressionNetwork(
             dim, expansion=config.expansion, tokens=config.tokens, mlp_ratio=config.mlp_ratio
         )
-        self.inner = inner
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("deviation", torch.ones(()))
         self._folded: list[CompressionNetwork] = []  # at most one; a list, so that it is no part of the state
@@ -153,19 +138,10 @@ class CNT(CompressionHead):
         """The configuration that built this head."""
         return self._config
 
-    @property
-    def code_size(self) -> int:
-        """Bytes of a compressed vector."""
-        return self.inner.code_size
-
     def train(self, mode: bool = True) -> Self:
         """Set the mode; what was folded for inference is then no longer valid."""
         self._folded.clear()
         return super().train(mode)
-
-    def forward(self, x: Float[Tensor, "N D"]) -> HeadOutput:
-        """Map and compress, in float32 whatever the autocast."""
-        return self._compress(self._map(x))
 
     def compress_batch(
         self, documents: Float[Tensor, "N D"], queries: Float[Tensor, "B D"]
@@ -185,27 +161,6 @@ class CNT(CompressionHead):
         return self._infer(queries)
 
     @torch.no_grad()
-    def encode(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
-        """Map in evaluation mode, then return the inner head's codes."""
-        return self.inner.encode(self._infer(x))
-
-    def decode(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N E"]:
-        """Return the vectors of E dimensions that codes stand for."""
-        return self.inner.decode(codes)
-
-    def pack(self, codes: Int[Tensor, "N M"]) -> NDArray[np.uint8]:
-        """Pack as the inner head does."""
-        return self.inner.pack(codes)
-
-    def unpack(self, packed: UInt8[NDArray[np.uint8], "N size"]) -> Int[Tensor, "N M"]:
-        """Invert `pack`."""
-        return self.inner.unpack(packed)
-
-    def export(self) -> FaissExport:
-        """Return the inner head's export; without one, float32 vectors of E dimensions."""
-        return replace(self.inner.export(), metric=self.metric)
-
-    @torch.no_grad()
     def warm_start(self, sample: Float[Tensor, "n D"], fit: QuantizerFit, seed: int) -> None:
         """Measure mean and deviation, start the network, and start the inner head from its output."""
         self._config.check_sample(len(sample))
@@ -219,32 +174,6 @@ class CNT(CompressionHead):
         calibrate(self.network, standard[:CALIBRATION])
         self._folded.clear()
         self.inner.warm_start(self._infer(sample), fit, seed)
-
-    def manual_parameters(self) -> list[nn.Parameter]:
-        """Return those of the inner head."""
-        return self.inner.manual_parameters()
-
-    def descend(self, factor: float, generator: torch.Generator) -> None:
-        """Move the inner head's manual parameters."""
-        self.inner.descend(factor, generator)
-
-    def count(self, codes: Int[Tensor, "N M"]) -> None:
-        """Add codes to the inner head's counts."""
-        self.inner.count(codes)
-
-    def usage_statistics(self) -> dict[str, float]:
-        """Return those of the inner head."""
-        return self.inner.usage_statistics()
-
-    def restart_dead_codes(
-        self, x: Float[Tensor, "N E"], generator: torch.Generator
-    ) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
-        """Restart the inner head's codewords from mapped vectors."""
-        return self.inner.restart_dead_codes(x, generator)
-
-    def _compress(self, y: Float[Tensor, "N E"]) -> HeadOutput:
-        output: HeadOutput = self.inner(y)
-        return replace(output, mapped=y)
 
     def _map(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:
         """Return the network's output: of the batch's statistics in training, else as `_infer`."""

