@@ -126,7 +126,8 @@ class QualityStudy(Study):
     def _systems(
         self, reading: str, size: int, start: Path, vectors: dict[str, Tensor]
     ) -> list[tuple[str, Callable[[], Result]]]:
-        lists, kept = self._recipe_head().inner.num_lists, COMPONENTS[size]  # type: ignore[union-attr]
+        head, kept = self._recipe(ENDEX).head, COMPONENTS[size]
+        lists = getattr(head, "inner", head).num_lists
         factories = {
             "FAISS PQ": f"PQ{size}",
             "FAISS OPQ": f"OPQ{size},PQ{size}",
@@ -143,14 +144,11 @@ class QualityStudy(Study):
     def _recipe(self, method: str) -> Any:
         return load_experiment(self.options.recipe)
 
-    def _recipe_head(self) -> PCAConfig:
-        head = self._recipe(ENDEX).head
-        assert isinstance(head, PCAConfig), "the default recipe keeps principal components"
-        return head
-
     def _sized(self, head: HeadConfig, size: int) -> HeadConfig:
-        assert isinstance(head, PCAConfig), "the default recipe keeps principal components"
-        return replace(head, components=COMPONENTS[size], inner=super()._sized(head.inner, size))  # type: ignore[arg-type]
+        if isinstance(head, PCAConfig):
+            inner = super()._sized(head.inner, size)  # type: ignore[arg-type]
+            return replace(head, components=COMPONENTS[size], inner=inner)
+        return super()._sized(head, size)
 
     def _zero_shot(self) -> Result:
         """Return the row of the encoder as it came."""
