@@ -8,6 +8,9 @@ vectors. A size is the true bytes of a code, of FAISS's residual quantizer with 
   FAISS PQ, OPQ, RQ    searched by L2, which is better for compressed unit vectors than the inner product
   FAISS OPQ, reduced   the same to as many dimensions as the recipe keeps, without and with its inverted lists
   endex                the recipe, exported to FAISS and searched there
+  Gaussian bound       what an ideal code of the size would do with the control's vectors, were they Gaussian with the
+                       covariance that the reading may know: reverse water-filling and its test channel (Cover & Thomas,
+                       2006, sections 10.3.3 and 13.3), searched by L2; a code beats it only by knowing more than that
 
 Two readings, never mixed:
   blind    documents judged in the evaluated split are in nobody's training or fitting; they are only indexed.
@@ -33,15 +36,18 @@ from typing import Any
 
 import common
 import numpy as np
+import torch
 from methods import Result, Study
 from torch import Tensor
 
+from index._faiss import load_faiss
 from launch.plot import plot_sizes
 from retriever import DualEncoder, DualEncoderConfig, embed_documents, embed_queries
 from retriever.heads import HeadConfig, NoCompressionConfig, PCAConfig
 from training import load_experiment
 
 ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "zero-shot"
+BOUND = "Gaussian bound"
 COMPONENTS = {8: 64, 16: 96, 32: 192}  # kept of a vector by bytes, as docs/results.md recommends
 MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 SHOWN = ("system", "bytes", *MEASURES, "kept", "gain", "p", "file_bytes")
@@ -114,6 +120,9 @@ class QualityStudy(Study):
         for size in self.options.bytes:
             systems = self._systems(reading, size, start, vectors)
             rows += [self._cell(reading, name, size, run) for name, run in systems]
+            rows.append(
+                self._cell(reading, BOUND, size, lambda: self._gaussian_bound(8 * size, vectors, reading))
+            )  # noqa: B023
             folder = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
             rows.append(self._cell(reading, TOWERS, size, lambda: self._dense_row(self._vectors(folder))))  # noqa: B023
         self._compare(rows)
@@ -161,6 +170,28 @@ class QualityStudy(Study):
         queries = [self.data.queries[name] for name in self.data.qrels]
         documents = embed_documents(towers.eval(), list(self.data.documents.values()))
         return self._dense_row({"documents": documents, "queries": embed_queries(towers, queries)})
+
+    def _gaussian_bound(self, bits: int, vectors: dict[str, Tensor], reading: str) -> Result:
+        """Return the row of vectors that went through the test channel of a Gaussian source at so many bits."""
+        x = vectors["documents"].double()
+        known = [name not in self.judged or reading == "fitted" for name in self.data.documents]
+        mean = x[known].mean(0)
+        variances, directions = torch.linalg.eigh(torch.cov(x[known].T))
+        variances.clamp_(min=1e-12)
+        low, high = 0.0, float(variances.max())
+        for _ in range(60):  # the water level: the distortion of every component that has more variance
+            level = (low + high) / 2
+            rate = 0.5 * (variances / level).log2().clamp(min=0).sum()
+            low, high = (level, high) if rate > bits else (low, level)
+        kept = (1 - level / variances).clamp(min=0)
+        noise = torch.randn(
+            x.shape, generator=torch.Generator().manual_seed(self.options.seed), dtype=x.dtype
+        )
+        y = kept * ((x - mean) @ directions) + (level * kept).sqrt() * noise
+        flat = load_faiss().IndexFlatL2(x.shape[1])
+        flat.add((y @ directions.T + mean).float().numpy())
+        run = self._run(flat, vectors["queries"].numpy())
+        return {**measure(self.data.qrels, run), "per_query": self._per_query(run)}
 
     def _compare(self, rows: Sequence[Result]) -> None:
         """Add what a row keeps of the control, and how far Endex is from the best of FAISS of its size."""

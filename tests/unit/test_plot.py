@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib.image
 import pytest
 
-from launch.plot import plot_probes
+from launch.plot import plot_probes, plot_sizes
 from retriever import InputError
 
 CURVES = {"learned": {1: 0.5, 4: 0.7, 16: 0.9}, "k-means": {1: 0.4, 4: 0.6, 16: 0.9}}
@@ -28,6 +28,14 @@ def test_svg_names_measure_and_curves(tmp_path: Path) -> None:
     plot_probes(tmp_path / "plot.svg", CURVES, "Recall@100")
     text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
     assert all(f"<!-- {name} -->" in text for name in (*CURVES, "Recall@100", "lists probed (nprobe)"))
+
+
+def test_sizes_stand_beside_the_levels_of_what_is_not_compressed(tmp_path: Path) -> None:
+    plot_sizes(tmp_path / "plot.svg", {"endex": {8: 0.5, 16: 0.6}}, {"dense": 0.7}, "nDCG@10")
+    text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert all(
+        f"<!-- {name} -->" in text for name in ("endex", "dense", "nDCG@10", "bytes a document", "8", "16")
+    )
 
 
 def test_unknown_ending_is_refused_and_an_existing_file_stays(tmp_path: Path) -> None:
