@@ -118,13 +118,10 @@ class QualityStudy(Study):
             self._cell(reading, DENSE, 0, lambda: self._dense_row(vectors)),
         ]
         for size in self.options.bytes:
-            systems = self._systems(reading, size, start, vectors)
-            rows += [self._cell(reading, name, size, run) for name, run in systems]
-            rows.append(
-                self._cell(reading, BOUND, size, lambda: self._gaussian_bound(8 * size, vectors, reading))
-            )  # noqa: B023
-            folder = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
-            rows.append(self._cell(reading, TOWERS, size, lambda: self._dense_row(self._vectors(folder))))  # noqa: B023
+            rows += [
+                self._cell(reading, name, size, run)
+                for name, run in self._systems(reading, size, start, vectors)
+            ]
         self._compare(rows)
         title = f"{self.name}, {reading}: {len(self.data.qrels):,} queries, {len(self.data.documents):,} documents"
         common.print_table(
@@ -148,7 +145,13 @@ class QualityStudy(Study):
             (name, lambda factory=factory: self._post_hoc(factory, "l2", vectors, reading))  # type: ignore[misc]
             for name, factory in factories.items()
         ]
-        return [*systems, (ENDEX, lambda: self._joint(ENDEX, reading, size, start))]
+        trained = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
+        return [
+            *systems,
+            (ENDEX, lambda: self._joint(ENDEX, reading, size, start)),
+            (TOWERS, lambda: self._dense_row(self._vectors(trained))),
+            (BOUND, lambda: self._gaussian_bound(8 * size, vectors, reading)),
+        ]
 
     def _recipe(self, method: str) -> Any:
         return load_experiment(self.options.recipe)
