@@ -23,8 +23,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A folder named as its archive, with `model`, `index` and `hits.json`."""
     path, head = request.param
     target = tmp_path_factory.mktemp("older") / path.name.removesuffix(".tar.gz")
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # Python 3.11.4 and later
     with tarfile.open(path) as archive:
-        archive.extractall(target, filter="data")
+        archive.extractall(target, **safely)
     return target / head
 
 
