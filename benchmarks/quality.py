@@ -44,7 +44,7 @@ from index._faiss import load_faiss
 from launch.plot import plot_sizes
 from retriever import DualEncoder, DualEncoderConfig, embed_documents, embed_queries
 from retriever.heads import HeadConfig, NoCompressionConfig, PCAConfig
-from training import load_experiment
+from training import load_experiment, measure
 
 ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "zero-shot"
 BOUND = "Gaussian bound"
