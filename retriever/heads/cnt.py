@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from retriever.errors import InputError
-from retriever.heads.base import HeadConfig, HeadOutput, QuantizerFit
-from retriever.heads.mapping import MappingHead, check_inner
+from retriever.heads.base import HeadOutput, QuantizerFit
+from retriever.heads.mapping import MappingHead, MappingHeadConfig
 from retriever.transforms.batch_norm import calibrate
 from retriever.transforms.cnt import CompressionNetwork
 
@@ -31,7 +31,7 @@ CALIBRATION = 4096  # vectors of the warm start whose statistics batch normaliza
 
 
 @dataclass(frozen=True, kw_only=True)
-class CNTConfig(HeadConfig):
+class CNTConfig(MappingHeadConfig):
     """Size of a `CNT`, and the head behind it.
 
     Attributes:
@@ -41,17 +41,14 @@ class CNTConfig(HeadConfig):
         mlp_ratio: Width of the perceptrons' hidden layer as a multiple of the output dimension.
         start: "sparse" is the published start, a very sparse random projection; "pca" begins as the principal
             components of live vectors, from which the network goes on (ours).
-        inner: Head that compresses the output, with metric l2; by default none, which leaves float32 vectors.
     """
 
     name: ClassVar[str] = "cnt"
-    maps: ClassVar[bool] = True
 
     expansion: int = 4
     tokens: int = 8
     mlp_ratio: int = 1
     start: StartName = "pca"
-    inner: HeadConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("expansion", "tokens", "mlp_ratio"):
@@ -64,12 +61,7 @@ class CNTConfig(HeadConfig):
             )
         if self.start not in get_args(StartName):
             raise InputError(f"start must be one of {', '.join(get_args(StartName))}, got {self.start!r}.")
-        check_inner(self.inner)
-
-    @property
-    def selects_softly(self) -> bool:
-        """Whether the inner head's codes have probabilities."""
-        return self.inner is not None and self.inner.selects_softly
+        super().__post_init__()
 
     def out_dim(self, dim: int) -> int:
         """Return E for vectors of `dim` dimensions."""
@@ -88,13 +80,7 @@ class CNTConfig(HeadConfig):
                 f"dimension x expansion must be a multiple of 4 x tokens, got dim={dim}, expansion={self.expansion} "
                 f"and tokens={self.tokens}. {remedy}"
             )
-        if self.inner is not None:
-            self.inner.check(self.out_dim(dim))
-
-    def check_sample(self, documents: int) -> None:
-        """Raise InputError if the warm start would have too few documents for the inner head."""
-        if self.inner is not None:
-            self.inner.check_sample(documents)
+        super().check(dim)
 
     def build(self, dim: int) -> CNT:
         """Return the head for vectors of `dim` dimensions."""
@@ -122,8 +108,7 @@ class CNT(MappingHead):
     deviation: Tensor
 
     def __init__(self, config: CNTConfig, dim: int) -> None:
-        config.check(dim)
-        super().__init__(config.inner, dim, config.out_dim(dim))
+        super().__init__(config, dim)
         self._config = config
         self.network = CompressionNetwork(
             dim, expansion=config.expansion, tokens=config.tokens, mlp_ratio=config.mlp_ratio

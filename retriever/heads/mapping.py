@@ -6,8 +6,8 @@ Shapes: N documents, B queries, D dimensions, E dimensions of the map's output, 
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -21,15 +21,45 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int, UInt8
     from numpy.typing import NDArray
 
-__all__ = ["MappingHead", "check_inner"]
+__all__ = ["MappingHead", "MappingHeadConfig"]
 
 
-def check_inner(inner: HeadConfig | None) -> None:
-    """Raise InputError unless `inner` is None or a head that quantizes and does not map itself."""
-    if inner is not None and (inner.maps or isinstance(inner, NoCompressionConfig)):
-        raise InputError(
-            f"inner must be a head that quantizes, got {inner.name!r}. Leave inner out for float vectors."
-        )
+@dataclass(frozen=True, kw_only=True)
+class MappingHeadConfig(HeadConfig):
+    """Base of the configurations of heads that map.
+
+    Attributes:
+        inner: Head that compresses the output, with metric l2; by default none, which leaves float32 vectors.
+    """
+
+    maps: ClassVar[bool] = True
+
+    inner: HeadConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.inner is not None and (self.inner.maps or isinstance(self.inner, NoCompressionConfig)):
+            raise InputError(
+                f"inner must be a head that quantizes, got {self.inner.name!r}. Leave inner out for float vectors."
+            )
+
+    @abstractmethod
+    def out_dim(self, dim: int) -> int:
+        """Return E for vectors of `dim` dimensions."""
+
+    @property
+    def selects_softly(self) -> bool:
+        """Whether the inner head's codes have probabilities."""
+        return self.inner is not None and self.inner.selects_softly
+
+    def check(self, dim: int) -> None:
+        """Raise InputError if the inner head cannot compress the output."""
+        if self.inner is not None:
+            self.inner.check(self.out_dim(dim))
+
+    def check_sample(self, documents: int) -> None:
+        """Raise InputError if the warm start would have too few documents for the inner head."""
+        if self.inner is not None:
+            self.inner.check_sample(documents)
 
 
 class MappingHead(CompressionHead):
@@ -38,17 +68,18 @@ class MappingHead(CompressionHead):
     Exports what the inner head exports, of E dimensions; the index folder's `head/` holds the map for queries.
 
     Args:
-        inner: Configuration of the inner head; None leaves float32 vectors.
+        config: The inner head, and the dimension E of the map's output.
         dim: Dimension D of the vectors.
-        out_dim: Dimension E of the map's output.
 
     Raises:
-        InputError: If the inner head's metric is not l2.
+        InputError: If D does not fit `config`, or the inner head's metric is not l2.
     """
 
-    def __init__(self, inner: HeadConfig | None, dim: int, out_dim: int) -> None:
-        built = (inner or NoCompressionConfig()).build(out_dim)
-        if inner is not None and built.metric != "l2":
+    def __init__(self, config: MappingHeadConfig, dim: int) -> None:
+        config.check(dim)
+        out_dim = config.out_dim(dim)
+        built = (config.inner or NoCompressionConfig()).build(out_dim)
+        if config.inner is not None and built.metric != "l2":
             raise InputError(
                 f"a map that keeps distances needs an inner head with metric l2, got {built.metric!r}. Set "
                 "inner.metric l2."

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from retriever.errors import InputError
-from retriever.heads.base import HeadConfig, QuantizerFit
-from retriever.heads.mapping import MappingHead, check_inner
+from retriever.heads.base import QuantizerFit
+from retriever.heads.mapping import MappingHead, MappingHeadConfig
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,41 +26,31 @@ __all__ = ["PCA", "PCAConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PCAConfig(HeadConfig):
+class PCAConfig(MappingHeadConfig):
     """Size of a `PCA`, and the head behind it.
 
     Attributes:
-        components: E, at most the dimension; about 8 a byte of the code.
-        inner: Head that compresses the components, with metric l2; by default none, which leaves float32 vectors.
+        components: E, at most the dimension; 6 to 8 a byte of the code.
     """
 
     name: ClassVar[str] = "pca"
-    maps: ClassVar[bool] = True
 
     components: int = 96
-    inner: HeadConfig | None = None
 
     def __post_init__(self) -> None:
         if self.components < 1:
             raise InputError(f"components must be at least 1, got {self.components}.")
-        check_inner(self.inner)
+        super().__post_init__()
 
-    @property
-    def selects_softly(self) -> bool:
-        """Whether the inner head's codes have probabilities."""
-        return self.inner is not None and self.inner.selects_softly
+    def out_dim(self, dim: int) -> int:
+        """Return E, whatever the dimension."""
+        return self.components
 
     def check(self, dim: int) -> None:
         """Raise InputError unless there are so many components, which the inner head can compress."""
         if self.components > dim:
             raise InputError(f"components must be at most the dimension {dim}, got {self.components}.")
-        if self.inner is not None:
-            self.inner.check(self.components)
-
-    def check_sample(self, documents: int) -> None:
-        """Raise InputError if the warm start would have too few documents for the inner head."""
-        if self.inner is not None:
-            self.inner.check_sample(documents)
+        super().check(dim)
 
     def build(self, dim: int) -> PCA:
         """Return the head for vectors of `dim` dimensions."""
@@ -82,8 +72,7 @@ class PCA(MappingHead):
     matrix: Tensor
 
     def __init__(self, config: PCAConfig, dim: int) -> None:
-        config.check(dim)
-        super().__init__(config.inner, dim, config.components)
+        super().__init__(config, dim)
         self._config = config
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("matrix", torch.eye(config.components, dim))
