@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 from retriever.data import Document, Query
 from retriever.errors import InputError
@@ -23,9 +23,7 @@ from retriever.hub import hub_rows
 from retriever.id_set import IdSet
 from retriever.msmarco import collection_file, is_msmarco, judgements, query_rows, tsv_rows
 from retriever.msmarco import negatives as msmarco_negatives
-
-if TYPE_CHECKING:
-    pass
+from retriever.text_lines import numbered_lines, open_file
 
 __all__ = [
     "Qrels",
@@ -98,7 +96,7 @@ def count_documents(source: str | Path) -> int:
         count = sum(1 for _ in hub_rows(str(source), "corpus", None))
     else:
         try:
-            with _open(path, "rb") as file:
+            with open_file(path, "rb") as file:
                 count = sum(1 for line in file if line.strip())
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"{path}: unreadable ({error}). Write the file again.") from None
@@ -280,38 +278,27 @@ def table_file(source: str | Path, name: str) -> Path | None:
     return found
 
 
-def _open(path: Path, mode: str = "rt") -> IO[Any]:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    return opener(path, mode, encoding=None if "b" in mode else "utf-8")  # type: ignore[no-any-return]
-
-
 def _json_lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    number, rows = 0, 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                rows += 1
-                if rows <= start:
-                    continue
-                if stop is not None and rows > stop:
-                    return
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise InputError(
-                        f"{path}:{number}: not JSON ({error}). Correct or remove the line: one JSON object a line."
-                    ) from None
-                if not isinstance(row, dict):
-                    raise InputError(
-                        f"{path}:{number}: expected a JSON object, got {type(row).__name__}. Correct the line."
-                    )
-                yield f"{path}:{number}", row
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(
-            f"{path}:{number + 1}: unreadable ({error}). Write the file again as UTF-8."
-        ) from None
+    rows = 0
+    for number, line in numbered_lines(path):
+        if not line.strip():
+            continue
+        rows += 1
+        if rows <= start:
+            continue
+        if stop is not None and rows > stop:
+            return
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f"{path}:{number}: not JSON ({error}). Correct or remove the line: one JSON object a line."
+            ) from None
+        if not isinstance(row, dict):
+            raise InputError(
+                f"{path}:{number}: expected a JSON object, got {type(row).__name__}. Correct the line."
+            )
+        yield f"{path}:{number}", row
 
 
 def _text(row: dict[str, Any], key: str, where: str, default: str | None = None) -> str:

@@ -8,15 +8,14 @@ triples of texts, `triples*.tsv[.gz]` (query, relevant passage, other passage); 
 
 from __future__ import annotations
 
-import gzip
 import sys
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from retriever.data import identifier_hash
 from retriever.errors import InputError
+from retriever.text_lines import numbered_lines
 
 __all__ = [
     "collection_file",
@@ -131,27 +130,16 @@ def _files(folder: Path, pattern: str) -> list[Path]:
     return sorted([*folder.glob(pattern), *folder.glob(f"{pattern}.gz")]) if folder.is_dir() else []
 
 
-def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-
-
 def _fields(path: Path, count: int) -> Iterator[tuple[str, list[str]]]:
     """Yield place and fields of every line.
 
     Raises:
         InputError: If a line has another number of fields, or the file cannot be read.
     """
-    number = 0
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, start=1):
-                fields = line.rstrip("\r\n").split("\t")
-                if len(fields) != count:
-                    raise InputError(
-                        f"{path}:{number}: expected {count} fields between tabs, got {len(fields)}. Correct the line."
-                    )
-                yield f"{path}:{number}", fields
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(
-            f"{path}:{number + 1}: unreadable ({error}). Write the file again as UTF-8."
-        ) from None
+    for number, line in numbered_lines(path):
+        fields = line.rstrip("\r\n").split("\t")
+        if len(fields) != count:
+            raise InputError(
+                f"{path}:{number}: expected {count} fields between tabs, got {len(fields)}. Correct the line."
+            )
+        yield f"{path}:{number}", fields
