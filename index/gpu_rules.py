@@ -247,8 +247,8 @@ def _product_reasons(shape: IndexShape) -> Iterator[str]:
         )
     if not shape.by_residual:
         yield (
-            "GPU codes are of residuals, got by_residual=False. For inner products on one card use "
-            "NonResidualGpuIndex; else search on the CPU."
+            "GPU codes are of residuals, got by_residual=False. Set zeros as centroids, of which such codes are "
+            "residuals, or search on the CPU."
         )
     if shape.polysemous:
         yield f"a GPU has no polysemous search, got polysemous_ht={shape.polysemous}. Set it to 0."

@@ -19,7 +19,7 @@ import torch
 
 from index.builders import FaissIndex, FlatBuilder, IVFPQBuilder, PQBuilder
 from index.cuvs_bundle import cuvs_bundle
-from index.gpu import NonResidualGpuIndex, plan_gpu, to_gpu
+from index.gpu import plan_gpu, to_gpu
 from index.gpu_rules import CODEBOOKS, built_with_cuvs
 from retriever import InputError
 from retriever.heads import (
@@ -219,7 +219,7 @@ def test_identifiers_around_an_index_come_back() -> None:
     assert_same(cpu, classic(cpu, k=50))
 
 
-# --- the two tricks ---
+# --- zero centroids ---
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -227,13 +227,6 @@ def test_zero_centroids_score_as_a_quantizer_without_lists_on_the_cpu(metric: st
     export = export_of(metric=metric, rotated=True)
     cpu = PQBuilder().build(export, codes_of(export))
     assert_same(cpu, classic(zero_centroids(metric, rotated=True), k=50))
-
-
-@pytest.mark.parametrize("rotated", [False, True])
-def test_codes_of_whole_vectors_in_lists_score_as_on_the_cpu(rotated: bool) -> None:
-    cpu = learned_lists(rotated=rotated)
-    faiss.downcast_index(faiss.try_extract_index_ivf(cpu)).by_residual = False
-    assert_same(cpu, NonResidualGpuIndex(cpu, k=50))
 
 
 # --- limits ---
@@ -286,11 +279,11 @@ def flat_codes() -> FaissIndex:
 
 REFUSED: dict[str, Callable[[], FaissIndex]] = {
     "IndexPQ": flat_codes,
-    "IndexPQFastScan": lambda: faiss.index_factory(D, "PQ16x4fs"),
+    "IndexPQFastScan": lambda: faiss.IndexPQFastScan(D, 16, 4),
     "IndexIVFPQFastScan": lambda: faiss.IndexIVFPQFastScan(learned_lists(bits=4)),
-    "IndexResidualQuantizer": lambda: faiss.index_factory(D, "RQ4x4"),
-    "IndexHNSWFlat": lambda: faiss.index_factory(D, "HNSW8"),
-    "IndexIVFRaBitQ": lambda: faiss.index_factory(D, "IVF4,RaBitQ"),
+    "IndexResidualQuantizer": lambda: faiss.IndexResidualQuantizer(D, 4, 4),
+    "IndexHNSWFlat": lambda: faiss.IndexHNSWFlat(D, 8),
+    "IndexIVFRaBitQ": lambda: faiss.IndexIVFRaBitQ(faiss.IndexFlatL2(D), D, 4, faiss.METRIC_L2),
     "by_residual=False": whole_vectors,
     "polysemous": polysemous,
     "a centroid too many": surplus_centroid,

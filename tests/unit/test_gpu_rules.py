@@ -17,9 +17,7 @@ from index.builders import FaissIndex, FlatBuilder, IVFPQBuilder, PQBuilder
 from index.gpu import (
     GpuPlan,
     IndexShape,
-    NonResidualGpuIndex,
     plan_gpu,
-    search_without_coarse,
     shape_of,
     to_gpu,
 )
@@ -192,7 +190,7 @@ def test_codes_of_other_than_8_bits_are_refused_on_a_real_index(bits: int) -> No
 
 
 def test_codes_of_whole_vectors_are_refused() -> None:
-    assert "NonResidualGpuIndex" in only_reason(classic(learned_lists(by_residual=False)))
+    assert "by_residual=False" in only_reason(classic(learned_lists(by_residual=False)))
 
 
 def test_a_polysemous_search_is_refused() -> None:
@@ -495,20 +493,13 @@ def test_a_card_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, devi
 def test_a_failed_cloning_leaves_the_cpu_index_as_it_was() -> None:
     if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
         pytest.skip("there is a card: cloning works")
-    built = learned_lists(by_residual=False)
+    built = learned_lists()
     with pytest.raises(InputError):
-        NonResidualGpuIndex(built, nprobe=2)
-    assert not built.by_residual
+        to_gpu(built, nprobe=2)
     assert built.nprobe == 3
 
 
-def test_the_search_without_coarse_scores_refuses_residuals_and_l2() -> None:
-    for built in (learned_lists(), learned_lists(metric="l2", by_residual=False), zero_centroids()):
-        with pytest.raises(InputError, match="by_residual=False"):
-            NonResidualGpuIndex(built)
-
-
-# --- the algebra of the two tricks, by an oracle in float64 that knows no lists ---
+# --- the algebra of zero centroids, by an oracle in float64 that knows no lists ---
 
 
 def decoded(export: ProductCodebooks, codes: torch.Tensor) -> np.ndarray:
@@ -534,42 +525,3 @@ def test_zero_centroids_give_the_scores_of_a_quantizer_without_lists(metric: str
     np.testing.assert_allclose(
         scores, np.take_along_axis(exact, rows, 1), rtol=0, atol=1e-5 * np.abs(exact).max()
     )
-
-
-def gpu_scores(q: np.ndarray, coarse: np.ndarray, books: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Return what a classic GPU index scores by inner product: the coarse score it is given plus its look-ups."""
-    tables = np.einsum("qms,mks->qmk", q.reshape(len(q), M, -1).astype(np.float64), books)
-    return coarse + sum(tables[:, m, codes[:, m]] for m in range(M))
-
-
-def test_zeros_as_coarse_scores_make_residual_scoring_that_of_whole_vectors() -> None:
-    export, q = product_export(), queries()
-    codes = codes_for(export)
-    emulated = gpu_scores(q, np.zeros((len(q), 1)), export.codebooks.double().numpy(), codes.numpy())
-    built = learned_lists(by_residual=False)
-    built.nprobe = L
-    scores, rows = built.search(q, N)
-    np.testing.assert_allclose(scores, np.take_along_axis(emulated, rows, 1), rtol=0, atol=1e-4)
-
-
-def test_the_oracle_of_gpu_scoring_gives_the_residual_scores_with_true_coarse_scores() -> None:
-    q, built = queries(), learned_lists()
-    built.nprobe = L
-    lists = np.empty(N, dtype=np.int64)
-    for number in range(L):
-        lists[faiss.rev_swig_ptr(built.invlists.get_ids(number), built.invlists.list_size(number))] = number
-    export = product_export()
-    coarse = (q @ built.quantizer.reconstruct_n(0, L).T)[:, lists]
-    emulated = gpu_scores(q, coarse, export.codebooks.double().numpy(), codes_for(export).numpy())
-    scores, rows = built.search(q, N)
-    np.testing.assert_allclose(scores, np.take_along_axis(emulated, rows, 1), rtol=0, atol=1e-4)
-
-
-def test_the_search_without_coarse_scores_asks_the_lists_that_it_is_given() -> None:
-    q, built = queries(), learned_lists(by_residual=False)
-    built.nprobe = 2
-    _, probed = built.quantizer.search(q, 2)
-    scores, rows = search_without_coarse(built, q, probed, 10)
-    expected, expected_rows = built.search(q, 10)
-    np.testing.assert_array_equal(rows, expected_rows)
-    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
