@@ -38,7 +38,8 @@ from retriever.st_folder import (
     write_modules,
     write_pooling,
 )
-from retriever.token_bag import TokenBag, bag_tokens
+from retriever.token_bag import TokenBag
+from retriever.tokenizing import bag_tokens, transformer_tokens
 from retriever.vector_input import VectorInput
 
 if TYPE_CHECKING:
@@ -159,6 +160,8 @@ class Encoder(nn.Module):
         prompted = [prompt + _text(text) for text in texts]
         if isinstance(self.backbone, TokenBag):
             return bag_tokens(self.tokenizer, prompted, self.settings.max_length)
+        if self.tokenizer.is_fast:
+            return transformer_tokens(self.tokenizer, prompted, self.settings.max_length)
         batch = self.tokenizer(
             prompted,
             padding=True,

@@ -8,19 +8,14 @@ On disk it is sentence-transformers' `StaticEmbedding`: `tokenizer.json` beside 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from retriever.data import Tokens
 from retriever.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,20 +83,6 @@ class TokenBag(nn.Module):
         if cut["direction"] != "right":
             raise InputError(f"{tokenizer} cuts texts on the left; Endex keeps the first tokens of a text.")
         return cls(weight), plain_tokenizer(splitter), cut["max_length"]
-
-
-def bag_tokens(tokenizer: Tokenizer, texts: Sequence[str], max_length: int) -> Tokens:
-    """Return ids and mask, (B, L), of the first `max_length` tokens of each text, without special tokens.
-
-    L is at least 1. The tokenizer is not told the length: towers and threads share it.
-    """
-    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-    ids = [encoding.ids[:max_length] for encoding in encodings]
-    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-    mask = np.arange(max(1, lengths.max(initial=0))) < lengths[:, None]  # (B, L)
-    padded = np.zeros(mask.shape, dtype=np.int64)
-    padded[mask] = np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=lengths.sum())
-    return {"input_ids": torch.from_numpy(padded), "attention_mask": torch.from_numpy(mask.astype(np.int64))}
 
 
 def plain_tokenizer(tokenizer: Tokenizer) -> Tokenizer:

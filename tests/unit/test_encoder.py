@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
@@ -84,6 +85,41 @@ def embed(encoder: Encoder, texts: list[str], prompt: str = "") -> Tensor:
         return encoder.eval()(encoder.tokenize(texts, prompt))
 
 
+# --- tokens ---
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("length", [3, 8, 60])
+@pytest.mark.parametrize("kind", ["bert", "bert with an end token", "llama", "llama with token types"])
+def test_tokens_are_those_of_transformers(
+    tiny_model: Path, left_padding_model: Path, kind: str, length: int, side: str
+) -> None:
+    """Whatever is cut, on the side that the tokenizer's settings name."""
+    encoder = Encoder.load(
+        left_padding_model if "llama" in kind else tiny_model,
+        max_length=length,
+        pooling="last" if "end" in kind else "mean",
+    )
+    tokenizer = encoder.tokenizer
+    tokenizer.truncation_side = side
+    if "types" in kind:
+        typed = TemplateProcessing(
+            single="$A:0 w9:2", special_tokens=[("w9", tokenizer("w9")["input_ids"][0])]
+        )
+        tokenizer.backend_tokenizer.post_processor = typed
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    texts = [*TEXTS, "", "w1", "w3 " * 40, "unknown w2"]
+    expected = tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    tokens = encoder.tokenize(texts)
+    types = expected.pop("token_type_ids", torch.zeros(1))
+    assert set(tokens) - {"token_type_ids"} == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(tokens[name], value, rtol=0, atol=0)
+    if types.any():
+        torch.testing.assert_close(tokens["token_type_ids"], types, rtol=0, atol=0)
+    assert ("token_type_ids" in tokens) == ("types" in kind)
+
+
 # --- pooling ---
 
 
@@ -111,10 +147,11 @@ def test_embedding_does_not_depend_on_the_other_texts_of_the_batch(
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_embedding_does_not_depend_on_left_padding(left_padding_model: Path, pooling: str) -> None:
     encoder = Encoder.load(left_padding_model, pooling=pooling, normalize=False)
-    encoder.tokenizer.padding_side = "left"
-    assert encoder.tokenize(TEXTS)["attention_mask"][0, 0] == 0, "it is padded on the left"
+    tokens = dict(encoder.tokenizer(TEXTS, padding=True, padding_side="left", return_tensors="pt"))
+    assert tokens["attention_mask"][0, 0] == 0, "it is padded on the left"
     alone = torch.cat([embed(encoder, [text]) for text in TEXTS])
-    torch.testing.assert_close(embed(encoder, TEXTS), alone, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(tokens), alone, rtol=0, atol=1e-5)
 
 
 def test_poolings_differ(tiny_model: Path) -> None:
