@@ -42,13 +42,7 @@ __all__ = [
     "select_evaluation",
 ]
 
-MEASURES = {
-    "ndcg@10": "nDCG@10",
-    "mrr@10": "RR@10",
-    "recall@1": "R@1",
-    "recall@10": "R@10",
-    "recall@100": "R@100",
-}
+MEASURES = ("ndcg@10", "mrr@10", "recall@1", "recall@10", "recall@100")
 DEPTH = 100  # results a query that the measures look at
 Run = dict[str, dict[str, float]]
 """Query id -> document id -> score."""
@@ -58,9 +52,10 @@ T = TypeVar("T")
 def measure(qrels: Qrels, run: Run) -> dict[str, float]:
     """Return the mean of every measure over the judged queries; a query without results counts as 0."""
     import ir_measures
+    from ir_measures import RR, R, nDCG
 
-    reciprocal_rank = ir_measures.RR  # with a cutoff ir-measures takes another tool, with other ties
-    wanted = {name: ir_measures.parse_measure(text) for name, text in MEASURES.items() if name != "mrr@10"}
+    reciprocal_rank = RR  # with a cutoff ir-measures takes another tool, with other ties
+    wanted = {"ndcg@10": nDCG @ 10} | {f"recall@{k}": R @ k for k in (1, 10, 100)}
     values = ir_measures.calc_aggregate(wanted.values(), qrels, run)
     first_ten = {
         query: dict(sorted(found.items(), key=_trec_order, reverse=True)[:10]) for query, found in run.items()
