@@ -57,6 +57,7 @@ from training.losses import ContrastiveConfig
 
 METHODS = ("poeem", "mopq", "distill_vq", "jpq", "repconc")
 PROBES = (1, 4, 16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLUMNS = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 Result = dict[str, Any]
 
@@ -112,13 +113,10 @@ class SharedFit:
     def __init__(self) -> None:
         self._fitted: dict[Any, Any] = {}
 
-    def product_codebooks(self, sample: Tensor, **options: Any) -> Any:
-        """Return what `FaissFit` does."""
-        return self._once(FaissFit().product_codebooks, sample, options)
-
-    def coarse_product_codebooks(self, sample: Tensor, **options: Any) -> Any:
-        """Return what `FaissFit` does."""
-        return self._once(FaissFit().coarse_product_codebooks, sample, options)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """Return a function of `FaissFit` that remembers its results."""
+        fit = getattr(FaissFit(), name)
+        return lambda sample, **options: self._once(fit, sample, options)
 
     def _once(self, fit: Callable[..., Any], sample: Tensor, options: dict[str, Any]) -> Any:
         key = (fit.__name__, hash(sample.numpy().tobytes()), *sorted(options.items()))
@@ -204,7 +202,7 @@ class Study:
             store_texts=False,
             overwrite=True,
         )
-        searcher = Searcher(folder / "index")
+        searcher = Searcher(folder / "index").to(DEVICE)
         result: Result = {"file_bytes": report.index_bytes / len(documents)}
         if isinstance(lists := getattr(experiment.head, "inner", experiment.head), IVFProductQuantizerConfig):
             for probes in PROBES:
@@ -370,7 +368,7 @@ class Study:
         """Return the vectors of the documents and judged queries, kept beside the model."""
         path = model.parent / "vectors.safetensors"
         if not path.is_file():
-            towers = DualEncoder.load(model).to("cuda" if torch.cuda.is_available() else "cpu")
+            towers = DualEncoder.load(model).to(DEVICE)
             queries = [self.data.queries[name] for name in self.data.qrels]
             documents = list(self.data.documents.values())
             save_file(

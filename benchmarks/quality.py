@@ -37,7 +37,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from methods import Result, Study, shorten, study_parser
+from methods import DEVICE, Result, Study, shorten, study_parser
 from torch import Tensor
 
 from index._faiss import load_faiss
@@ -159,7 +159,7 @@ class QualityStudy(Study):
             document_max_length=model.document_max_length,
         ).build(NoCompressionConfig())
         queries = [self.data.queries[name] for name in self.data.qrels]
-        documents = embed_documents(towers.eval(), list(self.data.documents.values()))
+        documents = embed_documents(towers.eval().to(DEVICE), list(self.data.documents.values()))
         return self._dense_row({"documents": documents, "queries": embed_queries(towers, queries)})
 
     def _gaussian_bound(self, bits: int, vectors: dict[str, Tensor], reading: str) -> Result:

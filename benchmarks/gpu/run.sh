@@ -59,10 +59,15 @@ PY
 status=0
 "$python" -m pytest tests/gpu -m gpu -ra --junitxml="$out/tests.xml" 2>&1 | tee "$out/tests.txt" || status=1
 [ -n "$tests_only" ] && exit "$status"
-for name in indexing_time demo throughput large_batch; do
-  more=()
-  [ "$name" = demo ] && more=(--out "$out/demo")
-  echo "== benchmarks/$name.py"
-  "$python" "benchmarks/$name.py" --json "$out/$name.json" "${more[@]}" "${quick[@]}" || status=1
-done
+measure() { # NAME OPTION... : the result file is NAME.json, of the benchmark before the dash
+  local name=$1
+  shift
+  echo "== benchmarks/${name%%-*}.py $*"
+  "$python" "benchmarks/${name%%-*}.py" --json "$out/$name.json" "$@" "${quick[@]}" || status=1
+}
+measure throughput
+measure throughput-bert --bert base
+measure large_batch
+measure indexing_time
+measure demo --out "$out/demo"
 exit "$status"
