@@ -16,16 +16,17 @@ from typing import TypeVar
 
 import torch
 
-from retriever import InputError, RetrievalData, TextPair, read_data
+from retriever import InputError, RetrievalData, TextPair, read_corpus, read_data
 from retriever.beir import read_scores
-from retriever.disk import JoinedDocuments, NamedDocuments, joined_name
+from retriever.disk import JoinedDocuments, NamedDocuments, joined_name, open_documents
+from retriever.pseudo_queries import pseudo_queries
 from retriever.vectors import is_vectors
 from training.experiment import DataConfig
 from training.negatives import BatchPlan, Draw, PairDataset
 
 T = TypeVar("T")
 
-__all__ = ["MixedPairs", "MixedPlan", "join_sets", "read_sets", "without_copies"]
+__all__ = ["MixedPairs", "MixedPlan", "join_sets", "read_pseudo", "read_sets", "without_copies"]
 
 
 def read_sets(config: DataConfig, *, scored: bool = False) -> list[RetrievalData]:
@@ -40,12 +41,31 @@ def read_sets(config: DataConfig, *, scored: bool = False) -> list[RetrievalData
     """
     on_disk, sets = config.texts == "disk", []
     for one in config.sets:
-        data = read_data(one.source, one.train_split, on_disk=on_disk)
+        data = (
+            read_pseudo(one.source, on_disk=on_disk)
+            if config.labels == "pseudo"
+            else read_data(one.source, one.train_split, on_disk=on_disk)
+        )
         if scored:
             data = replace(data, scores=read_scores(one.source, data.documents))
             _check_scored(data, one.source)
         sets.append(data if on_disk or is_vectors(one.source) else without_copies(data))
     return sets
+
+
+def read_pseudo(source: str, *, on_disk: bool = False) -> RetrievalData:
+    """Return the corpus of a set with queries made of its documents.
+
+    Raises:
+        InputError: If the set cannot be read, or is of vectors.
+    """
+    if is_vectors(source):
+        raise InputError(
+            f"data.labels pseudo makes queries of texts, and {source} holds vectors. Choose judged."
+        )
+    if on_disk:
+        return pseudo_queries(open_documents(source))
+    return pseudo_queries({document.id: document for document in read_corpus(source)})
 
 
 def _check_scored(data: RetrievalData, source: str) -> None:

@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 Schedule = Literal["linear", "cosine", "quarter_cosine", "constant"]
+Labels = Literal["judged", "teacher", "pseudo"]
 
 
 def _require(condition: bool, field_name: str, value: object, rule: str) -> None:
@@ -69,7 +70,8 @@ class DataConfig:
         texts: "memory", or "disk" for a corpus that is larger: of .jsonl files the line is read when it is wanted, of
             Hub data sets the row of the Arrow table.
         labels: "judged" takes the split's judgements; "teacher" only its queries, each with the document that the
-            starting towers rank first (Distill-VQ without labels).
+            starting towers rank first (Distill-VQ without labels); "pseudo" no queries at all: titles and first
+            sentences of the documents take their place, in the evaluation too unless it has a source of its own.
         evaluation_source: Folder or data set of the evaluation; by default `source`.
         evaluation_split: Split of the evaluation during training.
     """
@@ -81,7 +83,7 @@ class DataConfig:
     weight: float = 1.0
     mixed_with: list[SourceConfig] = field(default_factory=list)
     texts: Literal["memory", "disk"] = "memory"
-    labels: Literal["judged", "teacher"] = "judged"
+    labels: Labels = "judged"
     evaluation_source: str | None = None
     evaluation_split: str = "dev"
 
@@ -89,12 +91,12 @@ class DataConfig:
         _require(
             self.negatives_per_query >= 0, "data.negatives_per_query", self.negatives_per_query, "0 or more"
         )
-        _require(self.labels in ("judged", "teacher"), "data.labels", self.labels, "judged or teacher")
+        _require(self.labels in get_args(Labels), "data.labels", self.labels, "judged, teacher or pseudo")
         _require(self.max_pairs is None or self.max_pairs > 0, "data.max_pairs", self.max_pairs, "positive")
         _require(0 < self.weight < float("inf"), "data.weight", self.weight, "positive")
         _require(self.texts in ("memory", "disk"), "data.texts", self.texts, "memory or disk")
-        if self.mixed_with and self.labels == "teacher":
-            raise InputError("data.labels teacher takes one set. Leave out data.mixed_with.")
+        if self.mixed_with and self.labels != "judged":
+            raise InputError(f"data.labels {self.labels} takes one set. Leave out data.mixed_with.")
 
     @property
     def sets(self) -> list[SourceConfig]:

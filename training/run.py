@@ -286,6 +286,8 @@ class TrainingRun:
 
     def _read_evaluation(self) -> RetrievalData:
         config, data = self.experiment.evaluation, self.experiment.data
+        if data.labels == "pseudo" and data.evaluation_source is None:
+            return select_evaluation(self.data, queries=config.queries, documents=config.documents)
         source = data.evaluation_source or data.source
         normalize = self.model.query_encoder.settings.normalize
         whole = read_data(

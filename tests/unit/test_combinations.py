@@ -120,7 +120,7 @@ def test_a_value_outside_its_range_is_refused_by_its_name(config: Any, options: 
 
 
 def test_labels_of_an_unknown_kind_are_refused() -> None:
-    with pytest.raises(InputError, match=r"data\.labels must be judged or teacher, got 'guessed'"):
+    with pytest.raises(InputError, match=r"data\.labels must be judged, teacher or pseudo, got 'guessed'"):
         DataConfig(source="data", labels="guessed")
 
 
