@@ -12,6 +12,9 @@ vectors. A size is the true bytes of a code, of FAISS's residual quantizer with 
                        covariance that the reading may know: reverse water-filling and its test channel (Cover & Thomas,
                        2006, sections 10.3.3 and 13.3), searched by L2; a code beats it only by knowing more than that
 
+With --no_queries there are no pairs either: the encoder as it came is start and control, and the recipe makes queries
+of the documents (`data.labels` pseudo).
+
 Two readings, never mixed:
   blind    documents judged in the evaluated split are in nobody's training or fitting; they are only indexed.
   fitted   everybody may see them without labels.
@@ -37,14 +40,14 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from methods import DEVICE, Result, Study, shorten, study_parser
+from methods import Result, Study, shorten, study_parser
 from torch import Tensor
 
 from index._faiss import load_faiss
 from launch.plot import plot_sizes
-from retriever import DualEncoder, DualEncoderConfig, embed_documents, embed_queries
+from retriever import DualEncoderConfig
 from retriever.heads import HeadConfig, NoCompressionConfig, PCAConfig
-from training import load_experiment, measure
+from training import Experiment, load_experiment, measure
 
 ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "zero-shot"
 BOUND = "Gaussian bound"
@@ -61,7 +64,7 @@ def main() -> None:
     for number, source in enumerate(source for source in options.data for _ in options.seeds):
         seed = options.seeds[number % len(options.seeds)]
         own = copy.copy(options)
-        own.seed, own.out = seed, options.out / f"seed-{seed}"
+        own.seed, own.out = seed, options.out / f"{'no-queries' if options.no_queries else 'seed'}-{seed}"
         study = QualityStudy(source, own)
         for reading in options.readings:
             rows += [{**row, "seed": seed} for row in study.table(reading)]
@@ -82,6 +85,7 @@ def parse() -> argparse.Namespace:
     """Return the options; with those that `Study` reads."""
     parser = study_parser(__doc__, start_steps=210, steps=90, out="runs/quality")
     parser.add_argument("--recipe", type=Path, default=Path("configs/default.yaml"), help="what is trained")
+    parser.add_argument("--no_queries", action="store_true", help="train on the documents alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of training and fitting")
     parser.add_argument("--plot", type=Path, help="folder for nDCG@10 against bytes, a PNG a set and reading")
     options = parser.parse_args()
@@ -98,8 +102,11 @@ class QualityStudy(Study):
 
     def table(self, reading: str) -> list[Result]:
         """Return and print the rows of a reading."""
-        start = self._fit(self._dense("start", self.options.encoder))
-        control = self._fit(self._dense("control", str(start / "encoder")))
+        if self.options.no_queries:
+            control = start = self._untrained("start")
+        else:
+            start = self._fit(self._dense("start", self.options.encoder))
+            control = self._fit(self._dense("control", str(start / "encoder")))
         vectors = self._vectors(control)
         rows = [
             self._cell(reading, ZERO, 0, self._zero_shot),
@@ -150,17 +157,29 @@ class QualityStudy(Study):
             return replace(head, components=COMPONENTS[size], inner=inner)
         return super()._sized(head, size)
 
+    def _from_start(self, recipe: Experiment, folder: Path, encoder: str, reading: str) -> Experiment:
+        experiment = super()._from_start(recipe, folder, encoder, reading)
+        if not self.options.no_queries:
+            return experiment
+        return replace(experiment, data=replace(experiment.data, labels="pseudo"))
+
+    def _untrained(self, name: str) -> Path:
+        """Return the folder of the encoder as it came, where one that was trained under a name would be."""
+        folder = self.out / name / "run" / "last"
+        if not folder.is_dir():
+            model = self._recipe(ENDEX).model
+            config = DualEncoderConfig(
+                encoder=self.options.encoder,
+                query_max_length=model.query_max_length,
+                document_max_length=model.document_max_length,
+            )
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            config.build(NoCompressionConfig()).save(folder)
+        return folder
+
     def _zero_shot(self) -> Result:
         """Return the row of the encoder as it came."""
-        model = self._recipe(ENDEX).model
-        towers: DualEncoder = DualEncoderConfig(
-            encoder=self.options.encoder,
-            query_max_length=model.query_max_length,
-            document_max_length=model.document_max_length,
-        ).build(NoCompressionConfig())
-        queries = [self.data.queries[name] for name in self.data.qrels]
-        documents = embed_documents(towers.eval().to(DEVICE), list(self.data.documents.values()))
-        return self._dense_row({"documents": documents, "queries": embed_queries(towers, queries)})
+        return self._dense_row(self._vectors(self._untrained("zero-shot")))
 
     def _gaussian_bound(self, bits: int, vectors: dict[str, Tensor], reading: str) -> Result:
         """Return the row of vectors that went through the test channel of a Gaussian source at so many bits."""
