@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from index.builders import BUILDERS, IndexBuilder
+from index.builders.additive import Norms
 from retriever import InputError
 from retriever.heads import (
     AdditiveCodebooks,
@@ -60,6 +61,7 @@ class IndexConfig:
             pq: "pq", "pq_fastscan" (4 bits), or "ivfpq" (the form that a GPU takes). Head ivfpq: "ivfpq",
             "ivfpq_fastscan" (4 bits). Head rq: "rq", "rq_fastscan" (4 bits, inner product). Head ivfrq: "ivfrq",
             "ivfrq_fastscan" (4 bits, inner product). Codes that a network decodes: "cascade".
+        norms: "rq" and "ivfrq" with metric l2: a document's squared norm in 4 bytes ("float32"), or in one ("uint8").
         nlist: Inverted lists over which "ivfpq" spreads the codes of a head without lists; all are probed.
         nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default the square root
             of their number.
@@ -80,6 +82,7 @@ class IndexConfig:
     """
 
     kind: Kind = "auto"
+    norms: Norms = "float32"
     nlist: int = 1
     nprobe: int | None = None
     on_disk: bool = False

@@ -5,13 +5,15 @@ Shapes: n documents, D dimensions, M codebooks, K codewords, J lists.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from index._faiss import load_faiss
 from index.builders.base import (
     FaissIndex,
+    IndexBuilder,
     code_bits,
     faiss_metric,
     set_vector,
@@ -19,10 +21,12 @@ from index.builders.base import (
     vector_dim,
 )
 from index.builders.lists import coarse_quantizer, default_nprobe, learned_centroids, take_quantizer
+from retriever.errors import InputError
 from retriever.heads import (
     AdditiveCodebooks,
     CoarseAdditiveCodebooks,
     CoarseProductCodebooks,
+    FaissExport,
     ProductCodebooks,
     unpack_codes,
 )
@@ -33,23 +37,88 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ROWS",
+    "AdditiveBuilder",
+    "Norms",
     "decoded_lists",
     "empty_lists",
-    "exact_search_type",
+    "norm_range",
+    "search_type",
     "set_additive_codebooks",
     "with_norms",
 ]
 
+Norms = Literal["float32", "uint8"]
 ROWS = 65_536  # documents worked on at once, to bound memory
+DRAWN = 16_384  # sums of codewords whose norms say what range to expect
+STEP = 1 / 64  # to which the range is rounded outwards
 
 
-def exact_search_type(export: AdditiveCodebooks) -> int:
-    """Return the search type that loses nothing: look-up sums for inner products, a float32 norm in each code for L2.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdditiveBuilder(IndexBuilder):
+    """Base of the families that score additive codes as they are.
 
-    `ST_LUT_nonorm` with L2 would rank wrongly, and the quantized norms approximate.
+    Attributes:
+        norms: How an L2 code stores the squared norm of its vector: "float32" in 4 bytes, exact, or "uint8" in one
+            (FAISS's Nqint8).
+    """
+
+    norms: Norms = "float32"
+
+    def __post_init__(self) -> None:
+        if self.norms not in get_args(Norms):
+            raise InputError(f"norms must be one of {', '.join(get_args(Norms))}, got {self.norms!r}.")
+
+    def _check(self, export: FaissExport) -> None:
+        if self.norms != "float32" and export.metric == "inner_product":
+            raise InputError(
+                f"inner products need no norms, got index.norms {self.norms}. Leave it out, or train with metric l2."
+            )
+
+    @property
+    def approximation(self) -> str:
+        """Norms of 256 values."""
+        return "" if self.norms == "float32" else "The documents' squared norms are rounded to one byte."
+
+    @property
+    def least_overlap(self) -> float:
+        """Well below what docs/methods/rq.md measures."""
+        return 1.0 if self.norms == "float32" else 0.8
+
+    @property
+    def improvement(self) -> str:
+        """Exact norms."""
+        return "" if self.norms == "float32" else "Set --index.norms float32."
+
+
+def search_type(export: AdditiveCodebooks, norms: Norms = "float32") -> int:
+    """Return how FAISS is to score: look-up sums for inner products, for L2 with a norm in each code.
+
+    `ST_LUT_nonorm` with L2 would rank wrongly.
     """
     types = load_faiss().AdditiveQuantizer
-    return int(types.ST_LUT_nonorm if export.metric == "inner_product" else types.ST_norm_float)
+    if export.metric == "inner_product":
+        return int(types.ST_LUT_nonorm)
+    return int(types.ST_norm_float if norms == "float32" else types.ST_norm_qint8)
+
+
+def norm_range(export: AdditiveCodebooks) -> tuple[float, float]:
+    """Return between which squared norms one byte is to count: it depends on the codebooks alone.
+
+    Norms of sums of codewords drawn at random, and a quarter of their range more on both sides. All parts of a corpus
+    get the same, so they can be merged; a norm outside is taken for the end of the range.
+    """
+    codebooks = export.codebooks.double().numpy()
+    books, codewords, dim = codebooks.shape
+    codes = np.random.default_rng(0).integers(codewords, size=(DRAWN, books))
+    sums = np.zeros((DRAWN, dim))
+    for book in range(books):
+        sums += codebooks[book, codes[:, book]]
+    norms = np.square(sums).sum(1)
+    low, high = norms.min(), norms.max()
+    margin = (high - low) / 4
+    return max(0.0, float(np.floor((low - margin) / STEP) * STEP)), float(
+        np.ceil((high + margin) / STEP + 1) * STEP
+    )
 
 
 def set_additive_codebooks(built: FaissIndex, codewords: Float[NDArray[np.float32], "MK D"]) -> None:
@@ -62,7 +131,9 @@ def set_additive_codebooks(built: FaissIndex, codewords: Float[NDArray[np.float3
     built.is_trained = True
 
 
-def empty_lists(family: type[FaissIndex], export: CoarseAdditiveCodebooks, nprobe: int | None) -> FaissIndex:
+def empty_lists(
+    family: type[FaissIndex], export: CoarseAdditiveCodebooks, nprobe: int | None, norms: Norms = "float32"
+) -> FaissIndex:
     """Return an index of `family`, inverted lists of additive codes of residuals, that holds no document yet."""
     centroids = learned_centroids(export)
     quantizer = coarse_quantizer(centroids, export.metric)
@@ -73,7 +144,7 @@ def empty_lists(family: type[FaissIndex], export: CoarseAdditiveCodebooks, nprob
         len(export.codebooks),
         code_bits(export),
         faiss_metric(export),
-        exact_search_type(export),
+        search_type(export, norms),
     )
     take_quantizer(built, quantizer)
     set_additive_codebooks(built, export.codebooks.numpy())
@@ -89,6 +160,8 @@ def with_norms(
     if export.metric == "inner_product":
         return np.ascontiguousarray(codes)
     faiss = load_faiss()
+    if built.rq.search_type == faiss.AdditiveQuantizer.ST_norm_qint8:
+        built.rq.norm_min, built.rq.norm_max = norm_range(export)
     packed = np.empty((len(codes), built.rq.code_size), dtype=np.uint8)
     for start in range(0, len(codes), ROWS):
         part = packed[start : start + ROWS]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from index._faiss import load_faiss
-from index.builders.additive import empty_lists, with_norms
-from index.builders.base import FaissIndex, IndexBuilder, split_lists
+from index.builders.additive import AdditiveBuilder, empty_lists, with_norms
+from index.builders.base import FaissIndex, split_lists
 from index.builders.lists import check_nprobe
 from retriever.heads import CoarseAdditiveCodebooks, FaissExport, pack_list_numbers
 
@@ -21,7 +21,7 @@ __all__ = ["IVFRQBuilder"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IVFRQBuilder(IndexBuilder):
+class IVFRQBuilder(AdditiveBuilder):
     """Search over additive codes in inverted lists, on the CPU.
 
     FAISS computes a table of M K D products for every probed list: take at most 8 codebooks, or FastScan.
@@ -37,11 +37,12 @@ class IVFRQBuilder(IndexBuilder):
     nprobe: int | None = None
 
     def __post_init__(self) -> None:
+        super(IVFRQBuilder, self).__post_init__()
         check_nprobe(self.nprobe)
 
     def _fill(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         assert isinstance(export, CoarseAdditiveCodebooks), "checked above"
-        built = empty_lists(load_faiss().IndexIVFResidualQuantizer, export, self.nprobe)
+        built = empty_lists(load_faiss().IndexIVFResidualQuantizer, export, self.nprobe, self.norms)
         lists, residuals = split_lists(export, codes)
         prefix = pack_list_numbers(lists, built.nlist)
         built.add_sa_codes(np.hstack([prefix, with_norms(built, export, residuals)]))

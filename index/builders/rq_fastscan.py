@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from index._faiss import load_faiss
-from index.builders.additive import exact_search_type, set_additive_codebooks
+from index.builders.additive import search_type, set_additive_codebooks
 from index.builders.base import FaissIndex, code_bits, faiss_metric, vector_dim
 from index.builders.fastscan import FastScanBuilder, pack_blocks, refuse_l2
 from index.builders.rq import fill_rq
@@ -39,7 +39,7 @@ class RQFastScanBuilder(FastScanBuilder):
         assert isinstance(export, AdditiveCodebooks), "checked above"
         books = len(export.codebooks)
         built = load_faiss().IndexResidualQuantizerFastScan(
-            vector_dim(export), books, code_bits(export), faiss_metric(export), exact_search_type(export)
+            vector_dim(export), books, code_bits(export), faiss_metric(export), search_type(export)
         )
         set_additive_codebooks(built, export.codebooks.numpy())
         blocks = pack_blocks(codes, books)

@@ -37,7 +37,7 @@ class ResidualQuantizerConfig(HeadConfig):
         beam: Sums that the encoder keeps at every step but the last; 1 is greedy, 5 FAISS's default. Encoding takes
             as many times longer, search does not.
         metric: Score of a query with a compressed document. "l2" is 1 - ||q - x||^2 / 2, the cosine of unit vectors
-            before compression, and adds a norm of 4 bytes to a code in the index; "inner_product" adds nothing.
+            before compression, and adds a norm of 4 bytes, or 1, to a code in the index; "inner_product" adds nothing.
         estimator: What the retrieval loss's gradient reaches: "identity" the vectors only, "codeword" the vectors and
             the chosen codewords, both unchanged, "softmax" vectors and all codewords through each step's softmax
             over distances to the residual, whose earlier codewords are constants.
