@@ -47,7 +47,6 @@ from retriever import (
 from retriever.folder import read_json, write_json
 from retriever.heads import (
     HeadConfig,
-    IVFProductQuantizerConfig,
     NoCompressionConfig,
     ProductQuantizerConfig,
 )
@@ -185,7 +184,7 @@ class Study:
     def _joint(self, method: str, reading: str, size: int, start: Path) -> Result:
         """Train a recipe from the start, export it to FAISS, and search there."""
         recipe = self._recipe(method)
-        folder = self.out / reading / f"{method}-{size}"
+        folder = self.out / reading / f"{file_name(method)}-{size}"
         experiment = replace(
             self._from_start(recipe, folder, str(start / "encoder"), reading),
             head=self._sized(recipe.head, size),
@@ -196,7 +195,7 @@ class Study:
             model,
             documents,
             folder / "index",
-            config=IndexConfig(),
+            config=self._index(experiment.head),
             precision="bf16",
             progress=False,
             store_texts=False,
@@ -204,18 +203,22 @@ class Study:
         )
         searcher = Searcher(folder / "index").to(DEVICE)
         result: Result = {"file_bytes": report.index_bytes / len(documents)}
-        if isinstance(lists := getattr(experiment.head, "inner", experiment.head), IVFProductQuantizerConfig):
+        if lists := getattr(getattr(experiment.head, "inner", experiment.head), "num_lists", 0):
             for probes in PROBES:
                 searcher.probe(probes)
                 result[f"recall@100 nprobe {probes}"] = evaluate_index(searcher, self.data, precision="bf16")[
                     0
                 ]["recall@100"]
-            searcher.probe(lists.num_lists)
+            searcher.probe(lists)
         metrics, run = evaluate_index(searcher, self.data, precision="bf16")
         return {**result, **metrics, "per_query": self._per_query(run)}
 
     def _recipe(self, method: str) -> Experiment:
         return load_experiment(Path(f"configs/{method}.yaml"))
+
+    def _index(self, head: HeadConfig) -> IndexConfig:
+        """Return the form that carries a head's codes."""
+        return IndexConfig()
 
     def _sized(self, head: HeadConfig, size: int) -> HeadConfig:
         """Return a recipe's head with codes of so many bytes."""
@@ -279,7 +282,7 @@ class Study:
 
     def _cell(self, reading: str, system: str, size: int, run: Callable[[], Result]) -> Result:
         """Return a system's measures, from the folder if they are there."""
-        path = self.out / reading / f"{system.replace(', ', '-').replace(' ', '_')}-{size}.json"
+        path = self.out / reading / f"{file_name(system)}-{size}.json"
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             print(f"{self.name}, {reading}, {system}, {size} bytes", flush=True)
@@ -429,6 +432,11 @@ class Study:
 
 
 SHOWN = ("system", "bytes", *COLUMNS, "gain", "file_bytes")
+
+
+def file_name(system: str) -> str:
+    """Return a system's name as that of a file."""
+    return system.replace(", ", "-").replace(" ", "_")
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, str]]) -> None:

@@ -7,7 +7,7 @@ vectors. A size is the true bytes of a code, of FAISS's residual quantizer with 
   zero-shot            the encoder as it came
   FAISS PQ, OPQ, RQ    searched by L2, which is better for compressed unit vectors than the inner product
   FAISS OPQ, reduced   the same to as many dimensions as the recipe keeps, without and with its inverted lists
-  endex                the recipe, exported to FAISS and searched there
+  endex                the recipe, exported to FAISS and searched there; others by the names of their files
   Gaussian bound       what an ideal code of the size would do with the control's vectors, were they Gaussian with the
                        covariance that the reading may know: reverse water-filling and its test channel (Cover & Thomas,
                        2006, sections 10.3.3 and 13.3), searched by L2; a code beats it only by knowing more than that
@@ -43,15 +43,18 @@ import torch
 from methods import Result, Study, shorten, study_parser
 from torch import Tensor
 
+from index import IndexConfig
 from index._faiss import load_faiss
 from launch.plot import plot_sizes
 from retriever import DualEncoderConfig
-from retriever.heads import HeadConfig, NoCompressionConfig, PCAConfig
+from retriever.heads import HeadConfig, NoCompressionConfig, PCAConfig, ResidualQuantizerConfig
 from training import Experiment, load_experiment, measure
 
 ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "zero-shot"
 BOUND = "Gaussian bound"
+RECIPES = (Path("configs/default.yaml"), Path("configs/rq_pca.yaml"))
 COMPONENTS = {8: 64, 16: 96, 32: 192}  # kept of a vector by bytes, as docs/results.md recommends
+COMPONENTS_ADDITIVE = {8: 96, 16: 128, 32: 256}
 MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 SHOWN = ("system", "bytes", *MEASURES, "kept", "gain", "p", "file_bytes")
 GOALS = {8: 0.90, 16: 0.97, 32: 0.99}
@@ -84,7 +87,9 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Return the options; with those that `Study` reads."""
     parser = study_parser(__doc__, start_steps=210, steps=90, out="runs/quality")
-    parser.add_argument("--recipe", type=Path, default=Path("configs/default.yaml"), help="what is trained")
+    parser.add_argument(
+        "--recipes", type=Path, nargs="+", default=RECIPES, help="what is trained; the first is `endex`"
+    )
     parser.add_argument("--no_queries", action="store_true", help="train on the documents alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of training and fitting")
     parser.add_argument("--plot", type=Path, help="folder for nDCG@10 against bytes, a PNG a set and reading")
@@ -143,19 +148,31 @@ class QualityStudy(Study):
         trained = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
         return [
             *systems,
-            (ENDEX, lambda: self._joint(ENDEX, reading, size, start)),
+            *((name, lambda name=name: self._joint(name, reading, size, start)) for name in self._recipes()),  # type: ignore[misc]
             (TOWERS, lambda: self._dense_row(self._vectors(trained))),
             (BOUND, lambda: self._gaussian_bound(8 * size, vectors, reading)),
         ]
 
+    def _recipes(self) -> dict[str, Path]:
+        """Return the recipes by the names of their rows."""
+        first, *others = self.options.recipes
+        return {ENDEX: first} | {f"{ENDEX}, {path.stem}": path for path in others}
+
     def _recipe(self, method: str) -> Any:
-        return load_experiment(self.options.recipe)
+        return load_experiment(self._recipes()[method])
 
     def _sized(self, head: HeadConfig, size: int) -> HeadConfig:
         if isinstance(head, PCAConfig):
-            inner = super()._sized(head.inner, size)  # type: ignore[arg-type]
-            return replace(head, components=COMPONENTS[size], inner=inner)
+            kept = (COMPONENTS_ADDITIVE if _is_additive(head) else COMPONENTS)[size]
+            return replace(head, components=kept, inner=self._sized(head.inner, size))  # type: ignore[arg-type]
+        if _is_additive(head):
+            return replace(head, num_codebooks=size - 1)  # type: ignore[call-arg]
         return super()._sized(head, size)
+
+    def _index(self, head: HeadConfig) -> IndexConfig:
+        if not _is_additive(head):
+            return super()._index(head)
+        return IndexConfig(kind="ivfrq" if hasattr(_innermost(head), "num_lists") else "rq", norms="uint8")
 
     def _from_start(self, recipe: Experiment, folder: Path, encoder: str, reading: str) -> Experiment:
         experiment = super()._from_start(recipe, folder, encoder, reading)
@@ -209,7 +226,7 @@ class QualityStudy(Study):
         for row in rows:
             row["kept"] = row["ndcg@10"] / control["ndcg@10"]
             rivals = [r for r in rows if r["bytes"] == row["bytes"] and r["system"].startswith("FAISS")]
-            if row["system"] != ENDEX or not rivals:
+            if row["system"] not in self._recipes() or not rivals:
                 continue
             best = max(rivals, key=lambda rival: rival["ndcg@10"])
             own, other = row["per_query"], best["per_query"]
@@ -219,6 +236,14 @@ class QualityStudy(Study):
             row["difference"] = float(difference.mean())
             row["gain"] = f"{difference.mean():+.3f} ± {1.96 * error:.3f}"
             row["p"] = math.erfc(abs(difference.mean()) / error / math.sqrt(2)) if error else 1.0
+
+
+def _innermost(head: HeadConfig) -> HeadConfig:
+    return getattr(head, "inner", head)
+
+
+def _is_additive(head: HeadConfig) -> bool:
+    return isinstance(_innermost(head), ResidualQuantizerConfig)
 
 
 def summarize(rows: Sequence[Result]) -> list[Result]:
