@@ -25,8 +25,12 @@ def transformer_tokens(tokenizer: Any, texts: Sequence[str], max_length: int) ->
     0, as models take them to be.
     """
     backend = tokenizer.backend_tokenizer
-    backend.enable_truncation(max_length, direction=tokenizer.truncation_side)
-    backend.no_padding()
+    side = tokenizer.truncation_side
+    cut = {"max_length": max_length, "stride": 0, "strategy": "longest_first", "direction": side}
+    if backend.truncation != cut:  # a change while another thread tokenizes is an error
+        backend.enable_truncation(**cut)
+    if backend.padding is not None:
+        backend.no_padding()
     encodings = backend.encode_batch_fast(texts)
     tokens = pad_tokens([encoding.ids for encoding in encodings], tokenizer.pad_token_id)
     if "token_type_ids" in tokenizer.model_input_names and any(any(e.type_ids) for e in encodings[:1]):
