@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,17 @@ from retriever import DualEncoder, DualEncoderConfig
 from retriever.heads import ProductQuantizerConfig
 
 WORDS = [f"w{i}" for i in range(120)]
+
+
+@pytest.fixture(scope="module")
+def one_faiss_thread() -> Iterator[None]:
+    """Beside busy neighbours, OpenMP threads that wait for each other make tiny k-means 1000 times slower."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -5,12 +5,10 @@ The networks are random, and far from their start, so that no linear decoder is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
-import faiss
 import httpx
 import numpy as np
 import pytest
@@ -36,12 +34,7 @@ every_head = pytest.mark.parametrize("name", HEADS)
 CONFIG = IndexConfig(kind="cascade", shortlist=60, rerank=50, pairs=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_faiss_thread() -> Iterator[None]:
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 @pytest.fixture(scope="module")

@@ -25,12 +25,7 @@ SEEDS = (0, 1, 2)
 HEADS = {"ivfpq": IVFProductQuantizerConfig, "ivfrq": IVFResidualQuantizerConfig}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_faiss_thread() -> Any:
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 def rand(*shape: int, seed: int) -> Tensor:

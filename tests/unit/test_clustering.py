@@ -5,8 +5,6 @@ Shapes: n vectors, D dimensions, M codebooks, K codewords.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import faiss
 import numpy as np
 import pytest
@@ -19,13 +17,7 @@ D, M, BITS = 16, 4, 4
 SEEDS = (0, 1, 2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_faiss_thread() -> Iterator[None]:
-    """Beside busy neighbours, OpenMP threads that wait for each other make tiny k-means 1000 times slower."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 def make_sample(seed: int, rows: int = 800) -> Tensor:

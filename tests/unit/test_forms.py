@@ -64,12 +64,7 @@ INNER_PRODUCT_ONLY = ("rq_fastscan", "ivfrq_fastscan")
 REFUSED = [(kind, "l2") for kind in INNER_PRODUCT_ONLY]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_faiss_thread() -> Iterator[None]:
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 @dataclass(frozen=True)

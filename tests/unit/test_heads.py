@@ -5,11 +5,9 @@ Shapes: N vectors, D dimensions, M codebooks, K codewords, S = D // M sub-dimens
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -176,13 +174,7 @@ every_head = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_faiss_thread() -> Iterator[None]:
-    """Beside busy neighbours, OpenMP threads that wait for each other make tiny k-means 1000 times slower."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 def rand(*shape: int, seed: int) -> Tensor:

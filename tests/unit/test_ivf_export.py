@@ -8,7 +8,6 @@ Shapes: n documents, q queries, D dimensions, J lists, M codebooks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +47,7 @@ VARIANTS = [
 every_variant = pytest.mark.parametrize(("metric", "rotation"), [*VARIANTS, ("inner_product", "free")])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_faiss_thread() -> Iterator[None]:
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 def rand(*shape: int, seed: int) -> Tensor:

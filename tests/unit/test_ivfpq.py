@@ -7,8 +7,6 @@ Shapes: N vectors, D dimensions, J lists, M codebooks, K codewords, S = D // M s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import faiss
 import numpy as np
 import pytest
@@ -32,12 +30,7 @@ LEARNED = ("givens_greedy", "cayley", "free")
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_faiss_thread() -> Iterator[None]:
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 def rand(*shape: int, seed: int) -> Tensor:

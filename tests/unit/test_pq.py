@@ -6,7 +6,6 @@ Shapes: N vectors, D dimensions, M codebooks, K codewords, S = D // M sub-dimens
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import faiss
 import numpy as np
@@ -31,13 +30,7 @@ SEEDS = (0, 1, 2)
 FIT = FaissFit(opq_iterations=2, kmeans_iterations=2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_faiss_thread() -> Iterator[None]:
-    """Beside busy neighbours, OpenMP threads that wait for each other make tiny k-means 1000 times slower."""
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 def rand(*shape: int, seed: int) -> Tensor:

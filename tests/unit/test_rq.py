@@ -5,7 +5,6 @@ Shapes: n vectors, D dimensions, M codebooks, K codewords, J lists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -33,12 +32,7 @@ SEEDS = (0, 1, 2)
 SIZE: dict[str, Any] = {"num_codebooks": M, "codebook_bits": BITS}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_faiss_thread() -> Iterator[None]:
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_faiss_thread")
 
 
 def make_vectors(seed: int, rows: int = N) -> Tensor:
