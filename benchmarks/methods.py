@@ -203,7 +203,7 @@ class Study:
         )
         searcher = Searcher(folder / "index").to(DEVICE)
         result: Result = {"file_bytes": report.index_bytes / len(documents)}
-        if lists := getattr(getattr(experiment.head, "inner", experiment.head), "num_lists", 0):
+        if lists := getattr(innermost(experiment.head), "num_lists", 0):
             for probes in PROBES:
                 searcher.probe(probes)
                 result[f"recall@100 nprobe {probes}"] = evaluate_index(searcher, self.data, precision="bf16")[
@@ -432,6 +432,11 @@ class Study:
 
 
 SHOWN = ("system", "bytes", *COLUMNS, "gain", "file_bytes")
+
+
+def innermost(head: HeadConfig) -> HeadConfig:
+    """Return the head that quantizes: the one behind a map, or the head itself."""
+    return getattr(head, "inner", head)
 
 
 def file_name(system: str) -> str:

@@ -40,7 +40,7 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from methods import Result, Study, shorten, study_parser
+from methods import Result, Study, innermost, shorten, study_parser
 from torch import Tensor
 
 from index import IndexConfig
@@ -133,7 +133,7 @@ class QualityStudy(Study):
         self, reading: str, size: int, start: Path, vectors: dict[str, Tensor]
     ) -> list[tuple[str, Callable[[], Result]]]:
         head, kept = self._recipe(ENDEX).head, COMPONENTS[size]
-        lists = getattr(head, "inner", head).num_lists
+        lists = innermost(head).num_lists
         factories = {
             "FAISS PQ": f"PQ{size}",
             "FAISS OPQ": f"OPQ{size},PQ{size}",
@@ -172,7 +172,7 @@ class QualityStudy(Study):
     def _index(self, head: HeadConfig) -> IndexConfig:
         if not _is_additive(head):
             return super()._index(head)
-        return IndexConfig(kind="ivfrq" if hasattr(_innermost(head), "num_lists") else "rq", norms="uint8")
+        return IndexConfig(kind="ivfrq" if hasattr(innermost(head), "num_lists") else "rq", norms="uint8")
 
     def _from_start(self, recipe: Experiment, folder: Path, encoder: str, reading: str) -> Experiment:
         experiment = super()._from_start(recipe, folder, encoder, reading)
@@ -238,12 +238,8 @@ class QualityStudy(Study):
             row["p"] = math.erfc(abs(difference.mean()) / error / math.sqrt(2)) if error else 1.0
 
 
-def _innermost(head: HeadConfig) -> HeadConfig:
-    return getattr(head, "inner", head)
-
-
 def _is_additive(head: HeadConfig) -> bool:
-    return isinstance(_innermost(head), ResidualQuantizerConfig)
+    return isinstance(innermost(head), ResidualQuantizerConfig)
 
 
 def summarize(rows: Sequence[Result]) -> list[Result]:

@@ -51,17 +51,16 @@ T = TypeVar("T")
 
 def measure(qrels: Qrels, run: Run) -> dict[str, float]:
     """Return the mean of every measure over the judged queries; a query without results counts as 0."""
-    import ir_measures
-    from ir_measures import RR, R, nDCG
+    from ir_measures import RR, R, calc_aggregate, nDCG
 
-    reciprocal_rank = RR  # with a cutoff ir-measures takes another tool, with other ties
     wanted = {"ndcg@10": nDCG @ 10} | {f"recall@{k}": R @ k for k in (1, 10, 100)}
-    values = ir_measures.calc_aggregate(wanted.values(), qrels, run)
+    values = calc_aggregate(wanted.values(), qrels, run)
     first_ten = {
         query: dict(sorted(found.items(), key=_trec_order, reverse=True)[:10]) for query, found in run.items()
     }
-    values[reciprocal_rank] = ir_measures.calc_aggregate([reciprocal_rank], qrels, first_ten)[reciprocal_rank]
-    return {name: float(values[wanted.get(name, reciprocal_rank)]) for name in MEASURES}
+    # RR with a cutoff would be another tool's in ir-measures, with other ties
+    values[RR] = calc_aggregate([RR], qrels, first_ten)[RR]
+    return {name: float(values[wanted.get(name, RR)]) for name in MEASURES}
 
 
 def _trec_order(hit: tuple[str, float]) -> tuple[float, bytes]:
