@@ -5,11 +5,13 @@
            stands for, in the units of the file; R@k the share of held-out queries whose true nearest neighbour is
            among the first k, all vectors of `base` decoded and compared by L2.
   search   CNT, a network to fewer dimensions trained on the same vectors (INRP), in front of PQ and of HNSW, beside
-           both without it: recall, seconds to build, queries a second with the network on the query. k = 100.
+           both without it: recall, seconds to build, queries a second with the network on the query. k = 100. PQ has
+           the rotation of OPQ, plain PQ none, as in CNT's paper; behind a network both are fitted afterwards.
 
 No vector of `base` and no query is in any training. Seconds are those of the processor, of one thread, so that other
 work on the machine does not count as much. `--options published` gives the neural heads the sizes of their papers,
-which want a GPU; the default is what one core can train in the time stated beside each row.
+which want a GPU, and what a card trains in minutes; the default is what one core can train in the time stated beside
+each row.
 Results are kept in --out, and a command that was stopped goes on where it was.
 """
 
@@ -58,8 +60,8 @@ class Recipe:
         head: Name in `HEADS`.
         options: Of its configuration, beside `num_codebooks`.
         published: Options that replace those with `--options published`.
-        epochs: Passes over the training vectors: here, as published.
-        batch_size: Vectors a step.
+        epochs: Passes over the training vectors: small, `--options published`.
+        batch_size: Vectors a step, for the same two.
         head_lr: Peak learning rate.
         schedule: Fall of the learning rate.
         optimization: Further settings.
@@ -70,7 +72,7 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     published: Mapping[str, Any] = field(default_factory=dict)
     epochs: tuple[float, float] = (10, 10)
-    batch_size: int = 1024
+    batch_size: tuple[int, int] = (1024, 1024)
     head_lr: float = 1e-3
     schedule: str = "cosine"
     optimization: Mapping[str, Any] = field(default_factory=dict)
@@ -84,16 +86,16 @@ RECIPES = {
         head="unq",
         options={"hidden": 512, "start_steps": 500},
         published={"hidden": 1024, "start_steps": 1000},
-        epochs=(15, 1000),
-        batch_size=512,
+        epochs=(15, 300),
+        batch_size=(512, 1024),
         optimization={"max_grad_norm": 10.0},
     ),
     "qinco": Recipe(
         head="qinco",
         options={"num_blocks": 1, "hidden": 64, "restart_window": 200.0},
         published={"num_blocks": 2, "hidden": 256},
-        epochs=(3, 200),
-        batch_size=256,
+        epochs=(3, 40),  # published: about 200, of 500,000 vectors
+        batch_size=(256, 1024),
         optimization={"warmup": 0.02},
         multi_rate=True,
     ),
@@ -101,8 +103,8 @@ RECIPES = {
         head="qinco2",
         options={"candidates": 4, "beam": 1, "eval_candidates": 16, "eval_beam": 8, "restart_window": 200.0},
         published={"candidates": 16, "beam": 32, "eval_candidates": 32, "eval_beam": 64},
-        epochs=(6, 60),
-        batch_size=256,
+        epochs=(6, 30),  # published: 60, of 10 million vectors
+        batch_size=(256, 1024),
         head_lr=3e-3,  # published: 8e-4, with batches of 1,024
         schedule="quarter_cosine",
         optimization={"warmup": 0.05},
@@ -111,9 +113,14 @@ RECIPES = {
 }
 CNT = {"x2": {"expansion": 4, "tokens": 8}, "x4": {"expansion": 3, "tokens": 12}}
 CNT_RECIPE = Recipe(
-    head="cnt", epochs=(20, 2400), batch_size=512, schedule="linear", optimization={"warmup": 0.05}
+    head="cnt",
+    epochs=(20, 400),  # published: 2,400
+    batch_size=(512, 1024),
+    schedule="linear",
+    optimization={"warmup": 0.05},
 )
-SEARCH = ("PQ", "HNSW", *(f"CNT {name} + {form}" for name in CNT for form in ("PQ", "HNSW")))
+FORMS = ("PQ", "plain PQ", "HNSW")
+SEARCH = (*FORMS, *(f"CNT {name} + {form}" for name in CNT for form in FORMS))
 SYSTEMS = (*FAISS, *RECIPES, *SEARCH)
 MINUTES = {  # of one core at 50,000 training vectors, 100,000 of base and 8 bytes; twice at 16. FAISS, rq and HNSW are
     # measured, the others estimated from the time of a step
@@ -127,8 +134,12 @@ MINUTES = {  # of one core at 50,000 training vectors, 100,000 of base and 8 byt
     "qinco2": 9.0,
     "HNSW": 1.0,
     "CNT x2 + PQ": 6.0,
-    "CNT x4 + PQ": 6.0,
+    "CNT x4 + PQ": 4.0,
 }
+
+
+def _key(settings: object) -> str:
+    return hashlib.blake2b(repr(settings).encode(), digest_size=3).hexdigest()
 
 
 class Codec(Protocol):
@@ -226,27 +237,32 @@ class Study:
         return MINUTES.get(system, 1.0) * size / 8 * share * max(0.05, factor)
 
     def _systems(self, size: int) -> list[tuple[str, Callable[[], Result]]]:
-        """Return the chosen systems, those left out whose head this Endex has not."""
+        """Return the chosen systems."""
         made: dict[str, Callable[[], Result]] = {
             name: lambda factory=factory: self._faiss(factory.format(size)) for name, factory in FAISS.items()
         }
         for name, recipe in RECIPES.items():
-            if recipe.head in HEADS:
-                made[name] = lambda recipe=recipe: self._head(recipe, size)
-        made["PQ"] = lambda: self._pq(None, size)
-        made["HNSW"] = lambda: self._hnsw(None)
-        for name in CNT if "cnt" in HEADS else ():
-            made[f"CNT {name} + PQ"] = lambda name=name: self._pq(name, size)
-            made[f"CNT {name} + HNSW"] = lambda name=name: self._hnsw(name)
+            made[name] = lambda recipe=recipe: self._head(recipe, size)
+        for cnt in (None, *CNT):
+            before = f"CNT {cnt} + " if cnt else ""
+            made[f"{before}PQ"] = lambda cnt=cnt: self._pq(cnt, size)
+            made[f"{before}plain PQ"] = lambda cnt=cnt: self._pq(cnt, size, rotation="none")
+            made[f"{before}HNSW"] = lambda cnt=cnt: self._hnsw(cnt)
         return [(name, run) for name, run in made.items() if name in self.options.systems]
 
     def _path(self, system: str, size: int) -> Path:
         """Return where a cell is kept; one of other settings is another cell."""
         recipe = CNT_RECIPE if "CNT" in system else RECIPES.get(system.lower())
         longest = max(self.options.bytes) if recipe and recipe.multi_rate else None
-        settings = repr((recipe, recipe and self.options.budget, longest))
-        key = hashlib.blake2b(settings.encode(), digest_size=3).hexdigest()
-        return self.out / f"{system.replace(' ', '_')}-{size}-{key}.json"
+        settings = (self._settings(recipe), longest) if recipe else None
+        return self.out / f"{system.replace(' ', '_')}-{size}-{_key(settings)}.json"
+
+    def _settings(self, recipe: Recipe) -> tuple[Any, ...]:
+        """Return what a recipe's result depends on, beside the options of the run."""
+        published = self.options.options == "published"
+        chosen = (recipe.epochs[published] * self.options.budget, recipe.batch_size[published])
+        given = {**recipe.options, **(recipe.published if published else {})}
+        return (recipe.head, given, *chosen, recipe.head_lr, recipe.schedule, dict(recipe.optimization))
 
     def _faiss(self, factory: str) -> Result:
         """Fit one of FAISS's quantizers."""
@@ -302,10 +318,10 @@ class Study:
         self, recipe: Recipe, options: Mapping[str, Any], loss: str = "reconstruction"
     ) -> tuple[DualEncoder, Result]:
         """Train a head as `endex train` does, or take what was trained; return the model and what it took."""
-        published = self.options.options == "published"
-        given = {**recipe.options, **(recipe.published if published else {}), **options}
-        name = hashlib.blake2b(repr((recipe, given, self.options.budget)).encode(), digest_size=3).hexdigest()
-        experiment = self._experiment(recipe, HEADS[recipe.head](**given), f"{recipe.head}-{name}", loss)
+        _, given, epochs, batch_size, *_ = self._settings(recipe)
+        given |= options
+        name = f"{recipe.head}-{_key((self._settings(recipe), sorted(options.items())))}"
+        experiment = self._experiment(recipe, HEADS[recipe.head](**given), name, loss, epochs, batch_size)
         folder = Path(experiment.output)
         if not (folder / "about.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
@@ -318,9 +334,10 @@ class Study:
         parameters = sum(parameter.numel() for parameter in model.head.parameters())
         return model, {**read_json(folder / "about.json"), "parameters": parameters}
 
-    def _experiment(self, recipe: Recipe, head: Any, name: str, loss: str) -> Experiment:
+    def _experiment(
+        self, recipe: Recipe, head: Any, name: str, loss: str, epochs: float, batch_size: int
+    ) -> Experiment:
         options = self.options
-        epochs = recipe.epochs[options.options == "published"] * options.budget
         return Experiment(
             output=str(self.out / "runs" / name),
             model=DualEncoderConfig(encoder="vectors"),
@@ -331,7 +348,7 @@ class Study:
             data=DataConfig(source=str(self.source)),
             optimization=OptimizationConfig(
                 epochs=max(epochs, 1e-3),  # at least one step
-                batch_size=min(recipe.batch_size, len(self.learn) // 2),
+                batch_size=min(batch_size, len(self.learn) // 2),
                 head_lr=recipe.head_lr,
                 schedule=recipe.schedule,  # type: ignore[arg-type]
                 dense_warmup=0.0,
@@ -343,15 +360,15 @@ class Study:
             seed=options.seed,
         )
 
-    def _pq(self, cnt: str | None, size: int) -> Result:
+    def _pq(self, cnt: str | None, size: int, rotation: str = "opq") -> Result:
         """Return a PQ, searched by its tables: the head `pq`, or one fitted on what a network makes of the vectors."""
         network, about = self._network(cnt)
-        if cnt is None:
+        if cnt is None and rotation == "opq":
             model, about = self._train(RECIPES["pq"], {"num_codebooks": size})
             head = model.head.cpu()
         else:
             y = torch.from_numpy(network(self.learn))
-            head = HEADS["pq"](num_codebooks=size).build(y.shape[1])  # type: ignore[call-arg]
+            head = HEADS["pq"](num_codebooks=size, rotation=rotation).build(y.shape[1])  # type: ignore[call-arg]
             start = time.process_time()
             head.warm_start(y, FIT, self.options.seed)
             about["fit_seconds"] = time.process_time() - start

@@ -95,6 +95,12 @@ def study_parser(
     parser.add_argument("--steps", type=int, default=steps, help="steps of every system after it")
     parser.add_argument("--documents", type=int, default=0, help="documents kept of a set, 0 for all")
     parser.add_argument("--queries", type=int, default=2000, help="judged queries kept, 0 for all")
+    parser.add_argument(
+        "--precision",
+        default="bf16",
+        choices=("bf16", "fp32"),
+        help="arithmetic of the towers; fp32 is faster on CPUs that have no bf16",
+    )
     parser.add_argument("--split", default="test", help="split that is judged; dev while you choose a recipe")
     parser.add_argument("--out", type=Path, default=Path(out), help="folder of the runs")
     return parser
@@ -196,7 +202,7 @@ class Study:
             documents,
             folder / "index",
             config=self._index(experiment.head),
-            precision="bf16",
+            precision=self.options.precision,
             progress=False,
             store_texts=False,
             overwrite=True,
@@ -206,11 +212,11 @@ class Study:
         if lists := getattr(innermost(experiment.head), "num_lists", 0):
             for probes in PROBES:
                 searcher.probe(probes)
-                result[f"recall@100 nprobe {probes}"] = evaluate_index(searcher, self.data, precision="bf16")[
-                    0
-                ]["recall@100"]
+                result[f"recall@100 nprobe {probes}"] = evaluate_index(
+                    searcher, self.data, precision=self.options.precision
+                )[0]["recall@100"]
             searcher.probe(lists)
-        metrics, run = evaluate_index(searcher, self.data, precision="bf16")
+        metrics, run = evaluate_index(searcher, self.data, precision=self.options.precision)
         return {**result, **metrics, "per_query": self._per_query(run)}
 
     def _recipe(self, method: str) -> Experiment:
@@ -282,13 +288,17 @@ class Study:
 
     def _cell(self, reading: str, system: str, size: int, run: Callable[[], Result]) -> Result:
         """Return a system's measures, from the folder if they are there."""
-        path = self.out / reading / f"{file_name(system)}-{size}.json"
+        path = self._cell_path(reading, system, size)
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             print(f"{self.name}, {reading}, {system}, {size} bytes", flush=True)
             write_json(path, run())
         stored = read_json(path)
         return {"data": self.name, "reading": reading, "system": system, "bytes": size, **stored}
+
+    def _cell_path(self, reading: str, system: str, size: int) -> Path:
+        """Return the file of a system's measures."""
+        return self.out / reading / f"{file_name(system)}-{size}.json"
 
     def _add_gains(self, rows: Sequence[Result]) -> None:
         """Compare every system with FAISS's OPQ by L2 of its size, with lists if it has lists."""
@@ -346,6 +356,7 @@ class Study:
                 steps=pairs // recipe.optimization.batch_size,
                 lr=self.options.lr,
                 dense_warmup=0.0,
+                precision=self.options.precision,
             ),
             evaluation=replace(recipe.evaluation, queries=100, documents=500),
             seed=self.options.seed,
@@ -376,8 +387,8 @@ class Study:
             documents = list(self.data.documents.values())
             save_file(
                 {
-                    "documents": embed_documents(towers, documents, precision="bf16"),
-                    "queries": embed_queries(towers, queries, precision="bf16"),
+                    "documents": embed_documents(towers, documents, precision=self.options.precision),
+                    "queries": embed_queries(towers, queries, precision=self.options.precision),
                 },
                 path,
             )

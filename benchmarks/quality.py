@@ -2,10 +2,12 @@
 
 For each data folder and seed, from one encoder: a dense start is trained; from its weights the dense model trains on
 (the control), and so does the recipe, with the same pairs and steps. FAISS's quantizers are fitted on the control's
-vectors. A size is the true bytes of a code, of FAISS's residual quantizer with its norm (one byte).
+vectors. A size is the true bytes of a code, of FAISS's additive quantizers with the norm (one byte).
 
   zero-shot            the encoder as it came
-  FAISS PQ, OPQ, RQ    searched by L2, which is better for compressed unit vectors than the inner product
+  FAISS PQ, OPQ, RQ, LSQ   searched by L2, which is better for compressed unit vectors than the inner product
+  FAISS ITQ, RaBitQ    binary codes: a bit a component after ITQ's rotation; RaBitQ's of fewer components, beside its 8
+                       bytes of factors (so not at 8 bytes)
   FAISS OPQ, reduced   the same to as many dimensions as the recipe keeps, without and with its inverted lists
   endex                the recipe, exported to FAISS and searched there; others by the names of their files
   Gaussian bound       what an ideal code of the size would do with the control's vectors, were they Gaussian with the
@@ -22,7 +24,8 @@ Two readings, never mixed:
 `kept` is nDCG@10 as a share of the control's; for `endex, uncompressed` that of the towers as the recipe leaves them.
 `gain` is the mean difference of nDCG@10 to the best of FAISS's rows of the same size, its 95 % interval over queries
 and its two-sided p (paired, normal). The summary has means over seeds, and the sample deviation of them.
-Results are kept in --out, and a command that was stopped goes on where it was.
+Results are kept in --out, and a command that was stopped goes on where it was. --systems chooses what is computed; of
+the other systems a command shows what is there.
 """
 
 from __future__ import annotations
@@ -57,6 +60,7 @@ COMPONENTS = {8: 64, 16: 96, 32: 192}  # kept of a vector by bytes, as docs/resu
 COMPONENTS_ADDITIVE = {8: 96, 16: 128, 32: 256}
 MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 SHOWN = ("system", "bytes", *MEASURES, "kept", "gain", "p", "file_bytes")
+FACTORS = 8  # bytes of a RaBitQ code that are no bits of components
 GOALS = {8: 0.90, 16: 0.97, 32: 0.99}
 
 
@@ -90,6 +94,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--recipes", type=Path, nargs="+", default=RECIPES, help="what is trained; the first is `endex`"
     )
+    parser.add_argument("--systems", nargs="+", help="names of the rows that are computed; by default all")
     parser.add_argument("--no_queries", action="store_true", help="train on the documents alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of training and fitting")
     parser.add_argument("--plot", type=Path, help="folder for nDCG@10 against bytes, a PNG a set and reading")
@@ -117,10 +122,12 @@ class QualityStudy(Study):
             self._cell(reading, ZERO, 0, self._zero_shot),
             self._cell(reading, DENSE, 0, lambda: self._dense_row(vectors)),
         ]
+        chosen = self.options.systems
         for size in self.options.bytes:
             rows += [
                 self._cell(reading, name, size, run)
                 for name, run in self._systems(reading, size, start, vectors)
+                if chosen is None or name in chosen or self._cell_path(reading, name, size).is_file()
             ]
         self._compare(rows)
         title = f"{self.name}, {reading}: {len(self.data.qrels):,} queries, {len(self.data.documents):,} documents"
@@ -140,7 +147,11 @@ class QualityStudy(Study):
             "FAISS OPQ, reduced": f"OPQ{size}_{kept},PQ{size}",
             "FAISS RQ": f"RQ{size - 1}x8_Nqint8",
             "FAISS OPQ, reduced, lists": f"OPQ{size}_{kept},IVF{lists},PQ{size}",
+            "FAISS LSQ": f"LSQ{size - 1}x8_Nqint8",
+            "FAISS ITQ": f"ITQ{8 * size},LSH",
         }
+        if size > FACTORS:
+            factories["FAISS RaBitQ"] = f"PCAR{8 * (size - FACTORS)},RaBitQ"
         systems: list[tuple[str, Callable[[], Result]]] = [
             (name, lambda factory=factory: self._post_hoc(factory, "l2", vectors, reading))  # type: ignore[misc]
             for name, factory in factories.items()

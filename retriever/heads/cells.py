@@ -17,6 +17,7 @@ from retriever.heads.base import QuantizerFit
 from retriever.heads.codebooks import AssignmentName, Codebooks, add_use, use_is_full, use_statistics
 from retriever.heads.estimators import Estimate, EstimatorName
 from retriever.heads.lists import ListStructure
+from retriever.heads.pieces import at_once
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -144,7 +145,7 @@ def nearest_cells(
     middle = first.mean(0)  # what vectors and S share would cancel
     first = first - middle
     constant = 2 * scales * (first @ second.T) + scales.square() * second.square().sum(1)
-    rows = max(1, TABLE // (CANDIDATES * len(second)))
+    rows = max(1, at_once(TABLE, z.device) // (CANDIDATES * len(second)))
     parts = [_nearest_rows(part - middle, first, second, scales, constant) for part in z.split(rows)]
     cells, distances = (torch.cat(values) for values in zip(*parts, strict=True))
     return cells, distances

@@ -17,6 +17,7 @@ from torch import Tensor
 from retriever.errors import InputError
 from retriever.heads.base import HeadOutput, QuantizerFit
 from retriever.heads.mapping import MappingHead, MappingHeadConfig
+from retriever.heads.pieces import at_once
 from retriever.transforms.batch_norm import calibrate
 from retriever.transforms.cnt import CompressionNetwork
 
@@ -171,7 +172,7 @@ class CNT(MappingHead):
         """Return the network's output by its running statistics, whatever the mode, some rows at a time."""
         network = self._folded_network()
         with torch.autocast(x.device.type, enabled=False):
-            parts = [self._scaled(network, rows) for rows in x.float().split(ROWS_AT_ONCE)]
+            parts = [self._scaled(network, rows) for rows in x.float().split(at_once(ROWS_AT_ONCE, x.device))]
         return torch.cat(parts) if parts else x.new_empty(0, self.out_dim)
 
     def _scaled(self, network: CompressionNetwork, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:

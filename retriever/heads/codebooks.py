@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from retriever.heads.balance import balanced_codes
 from retriever.heads.estimators import ESTIMATORS, Estimate, EstimatorName, select
+from retriever.heads.pieces import at_once
 from retriever.heads.selection import SELECTIONS, SelectionName
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class Codebooks(nn.Module):
         if frozen and start_z is not None:
             z = start_z
         codebooks = self.anchors if frozen else self.codewords
-        parts = [self.selection.choose(rows, codebooks) for rows in z.split(ROWS_AT_ONCE)]
+        parts = [self.selection.choose(rows, codebooks) for rows in z.split(at_once(ROWS_AT_ONCE, z.device))]
         return torch.cat(parts) if parts else z.new_empty(z.shape[:2], dtype=torch.int64)
 
     def select(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N M S"]:

@@ -11,6 +11,8 @@ here are the same:
   both r . u and the projection of u on a few directions Q cost a few numbers a hidden unit, and ||r - u||^2 >=
   ||r||^2 - 2 r . u + ||Q^T u||^2. A pair is out where that is above the distance of the most promising pair.
 
+On a card the first and the last are left out: there calls cost more than such work.
+
 Shapes: N vectors, D dimensions, K codewords, H hidden units, G contexts, R rows worked on at once, P = R K pairs,
 Q directions.
 """
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retriever.heads.pieces import at_once, on_cpu
 from retriever.heads.residual import squared_distances
 from retriever.heads.step_network import StepNetwork
 
@@ -130,11 +133,13 @@ class GreedyStep:
     def __init__(self, codewords: Float[Tensor, "K D"], network: StepNetwork | None, memory: Memory) -> None:
         self.codewords = codewords
         self.network = network
-        self.rows = max(1, PAIRS // len(codewords))
+        self.pieces = at_once(PAIRS, codewords.device)
+        self.rows = max(1, self.pieces // len(codewords))
+        self.frugal = on_cpu(codewords.device)
         if network is None:
             return
         self.pairs = PairNetwork(codewords, network, memory)
-        if not self.pairs.folded:
+        if not (self.frugal and self.pairs.folded):
             return
         self.directions = torch.linalg.svd(codewords, full_matrices=False).Vh[:DIRECTIONS].T  # (D, Q)
         leading = self.pairs.base @ self.directions
@@ -145,7 +150,7 @@ class GreedyStep:
         words = self.codewords[codes]
         if self.network is None:
             return words
-        parts = zip(words.split(PAIRS), contexts.split(PAIRS), strict=True)
+        parts = zip(words.split(self.pieces), contexts.split(self.pieces), strict=True)
         return torch.cat([self.network(some, context) for some, context in parts])
 
     def choose(
@@ -161,6 +166,9 @@ class GreedyStep:
         residual = z - contexts[groups]
         if self.network is None:
             return squared_distances(residual[None], self.codewords)[0].argmin(1)
+        if not self.frugal:
+            parts = zip(residual.split(self.rows), contexts[groups].split(self.rows), strict=True)
+            return torch.cat([self._choose_by_distances(some, context) for some, context in parts])
         codes = torch.empty_like(groups)
         order, sizes = groups.argsort(), groups.bincount(minlength=len(contexts))
         single = sizes[groups[order]] == 1

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retriever.heads.pieces import at_once
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -30,7 +32,7 @@ def beam_search(x: Float[Tensor, "N D"], codebooks: Float[Tensor, "M K D"], beam
         codebooks: Codewords in the order of the steps.
         beam: B; a step cannot keep more sums than there are.
     """
-    rows = max(1, TABLE // (beam * codebooks.shape[1]))
+    rows = max(1, at_once(TABLE, x.device) // (beam * codebooks.shape[1]))
     return torch.cat([_search_rows(part, codebooks, beam) for part in x.split(rows)])
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from retriever.heads.pieces import at_once
 from retriever.heads.residual import gather_rows, squared_distances
 from retriever.heads.step_network import StepNetwork
 
@@ -137,7 +138,7 @@ def search_codes(
         steps: The steps in their order.
         beam: B; a step cannot keep more than there are.
     """
-    rows = max(1, PAIRS // (beam * max(step.pairs for step in steps)))
+    rows = max(1, at_once(PAIRS, z.device) // (beam * max(step.pairs for step in steps)))
     parts = zip(z.split(rows), start.split(rows), strict=True)
     found = [_search_rows(part, begin, steps, beam) for part, begin in parts]
     return torch.cat(found) if found else z.new_empty(0, len(steps), dtype=torch.int64)

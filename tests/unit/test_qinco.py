@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from index import FaissFit
 from index.qinco import qinco_index
 from retriever import InputError
-from retriever.heads import NeuralCodec, QINCo, QINCoConfig
+from retriever.heads import NeuralCodec, QINCo, QINCoConfig, greedy_search, pieces
 from retriever.heads.neural import NeuralQuantizer
 
 D, K, M = 24, 16, 3
@@ -99,6 +99,17 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 def test_the_encoder_chooses_what_the_plain_one_does(variant: str, seed: int) -> None:
     head = make_qinco(seed, **VARIANTS[variant])
     x = 3 * rand(150, D, seed=seed + 10)
+    assert torch.equal(head.encode(x), encode_plainly(head, x)[0])
+
+
+@every_variant
+def test_the_encoder_of_a_card_chooses_what_the_plain_one_does(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (greedy_search, pieces):
+        monkeypatch.setattr(module, "on_cpu", lambda _: False)
+    head = make_qinco(4, **VARIANTS[variant])
+    x = 3 * rand(150, D, seed=14)
     assert torch.equal(head.encode(x), encode_plainly(head, x)[0])
 
 
