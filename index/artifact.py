@@ -84,9 +84,9 @@ class ShardReport:
 
 
 def export_index(
-    model_folder: Path,
+    model_folder: str | Path,
     documents: Iterable[Document],
-    out: Path,
+    out: str | Path,
     *,
     config: IndexConfig,
     batch_size: int = 64,
@@ -118,6 +118,7 @@ def export_index(
         InputError: If the model or corpus is faulty, the kind does not fit the head, or `out` exists.
         ParityError: If FAISS's scores are not the model's.
     """
+    model_folder, out = Path(model_folder), Path(out)
     if not overwrite:
         refuse_existing(out)
     fingerprint = model_fingerprint(model_folder)
@@ -145,9 +146,9 @@ def export_index(
 
 
 def export_shard(
-    model_folder: Path,
+    model_folder: str | Path,
     documents: Iterable[Document],
-    out: Path,
+    out: str | Path,
     *,
     shard: Shard,
     total: int,
@@ -176,6 +177,7 @@ def export_shard(
     Raises:
         InputError: If the model or corpus is faulty, the documents are not as many as the shard has, or `out` exists.
     """
+    model_folder, out = Path(model_folder), Path(out)
     if not overwrite:
         refuse_existing(out)
     fingerprint = model_fingerprint(model_folder)

@@ -50,7 +50,7 @@ SIZES = ("memory_bytes", "disk_bytes", "code_bytes", "text_bytes", "index_bytes"
 
 
 def estimate_export(
-    model_folder: Path,
+    model_folder: str | Path,
     documents: Iterable[Document],
     *,
     total: int,
@@ -74,6 +74,7 @@ def estimate_export(
         store_texts: Keep the texts.
         sample: Documents to encode.
     """
+    model_folder = Path(model_folder)
     model = load_model(model_folder, device)
     builder = config.builder(model.head.export())
     some = list(islice(documents, sample))

@@ -61,8 +61,8 @@ class _Source:
 
 
 def merge_indexes(
-    folders: Sequence[Path],
-    out: Path,
+    folders: Sequence[str | Path],
+    out: str | Path,
     *,
     config: IndexConfig | None = None,
     remove: Collection[str] = (),
@@ -83,7 +83,7 @@ def merge_indexes(
         InputError: If a folder is damaged, they are of different models, a shard is missing or comes twice, an id
             occurs twice, or one to remove does not occur.
     """
-    sources = _open(folders)
+    sources = _open([Path(folder) for folder in folders])
     head_folder = next((s.folder for s in sources if s.has("head")), None)
     if head_folder is None:
         raise InputError(
@@ -96,7 +96,7 @@ def merge_indexes(
     if not any(source.keep.any() for source in sources):
         raise InputError("no document is left. Remove fewer.")
     about: dict[str, Any] = {"model": sources[0].manifest["model"], "versions": library_versions()}
-    with publish_folder(out, "index", overwrite=overwrite, about=about) as folder:
+    with publish_folder(Path(out), "index", overwrite=overwrite, about=about) as folder:
         _join(sources, folder, head.code_size)
         for name in ("encoder", "head"):
             shutil.copytree(head_folder / name, folder / name)

@@ -63,13 +63,14 @@ class Searcher:
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
-        model: Path | None = None,
+        model: str | Path | None = None,
         nprobe: int | None = None,
         widths: Widths | None = None,
         verify: bool = False,
     ) -> None:
+        folder = Path(folder)
         manifest = check_folder(folder, "index", full=verify)
         if model is not None and model_fingerprint(model) != manifest["model"]:
             raise InputError(

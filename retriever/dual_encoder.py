@@ -148,7 +148,7 @@ class DualEncoder(nn.Module):
 
     def save(
         self,
-        folder: Path,
+        folder: str | Path,
         *,
         overwrite: bool = False,
         files: Mapping[str, str] | None = None,
@@ -164,7 +164,7 @@ class DualEncoder(nn.Module):
             about: Further entries of the manifest.
             weights: The model's state dict, whole, where its own is sharded.
         """
-        with publish_folder(folder, "model", overwrite=overwrite, about=dict(about or {})) as path:
+        with publish_folder(Path(folder), "model", overwrite=overwrite, about=dict(about or {})) as path:
             weights = self.state_dict() if weights is None else weights
             if self.tied:
                 self.document_encoder.save(path / "encoder", _below("document_encoder.", weights))
@@ -185,12 +185,13 @@ class DualEncoder(nn.Module):
                 (path / name).write_text(text, encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> DualEncoder:
+    def load(cls, folder: str | Path) -> DualEncoder:
         """Load a model folder after checking every file against its manifest.
 
         Raises:
             InputError: If the folder is not a whole, undamaged model folder.
         """
+        folder = Path(folder)
         check_folder(folder, "model")
         config = read_json(folder / "dual_encoder.json")
         settings = {side: config[f"{side}_settings"] for side in ("query", "document")}
@@ -245,9 +246,9 @@ def length_groups(mask: Int[Tensor, "N L"], *, groups: int = 4, fewest: int = 8)
     return parts if kept <= 0.75 * count * width else whole
 
 
-def model_fingerprint(folder: Path) -> str:
+def model_fingerprint(folder: str | Path) -> str:
     """Return a SHA-256 over the checksums of towers and head: equal for copies of one model, else different."""
-    files = check_folder(folder, "model", full=False)["files"]
+    files = check_folder(Path(folder), "model", full=False)["files"]
     relevant = sorted((name, entry["sha256"]) for name, entry in files.items() if name != "experiment.yaml")
     return hashlib.sha256(repr(relevant).encode()).hexdigest()
 

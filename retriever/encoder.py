@@ -184,8 +184,9 @@ class Encoder(nn.Module):
         vectors = self.projection(vectors).float()
         return F.normalize(vectors, dim=-1) if self.settings.normalize else vectors
 
-    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    def save(self, folder: str | Path, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write a sentence-transformers folder (legacy layout, safetensors), adapters merged; or a tower of vectors."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if isinstance(self.backbone, VectorInput):
             self.backbone.save(folder)

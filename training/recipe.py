@@ -35,13 +35,13 @@ def experiment_parser(**options: Any) -> ArgumentParser:
     return parser
 
 
-def load_experiment(path: Path) -> Experiment:
+def load_experiment(path: str | Path) -> Experiment:
     """Read an experiment from YAML.
 
     Raises:
         InputError: If the file is missing, is not YAML, or has an unknown field or a wrong value.
     """
-    if not path.is_file():
+    if not Path(path).is_file():
         raise InputError(f"{path} is not a file. Give a YAML recipe, for example one from configs/.")
     return parse_experiment(["--config", str(path)])
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from index import FaissFit
+from index import FaissFit, IndexConfig, Searcher, export_index, merge_indexes
 from launch.main import main
-from retriever import Document, DualEncoderConfig, embed_documents
+from retriever import Document, DualEncoder, DualEncoderConfig, embed_documents
 from retriever.heads import ProductQuantizerConfig
 
 DOCUMENTS = 9000  # three blocks of 4,096
@@ -66,6 +66,19 @@ def test_shards_and_merge(
     assert main(["merge", str(tmp_path / "1"), str(tmp_path / "2"), "--out", str(tmp_path / "merged")]) == 0
     assert content(tmp_path / "merged") == content(whole)
     assert "FAISS scores = model scores" in capsys.readouterr().out
+
+
+def test_paths_may_be_strings(model: Path, whole: Path, tmp_path: Path) -> None:
+    DualEncoder.load(str(model)).save(f"{tmp_path}/copy")
+    assert (tmp_path / "copy" / "dual_encoder.json").is_file()
+    documents = [Document(f"new{row}", "", f"w{row} w{row + 1}") for row in range(40)]
+    parts = [f"{tmp_path}/one", f"{tmp_path}/two"]
+    for out, some in zip(parts, (documents[:25], documents[25:]), strict=True):
+        export_index(str(model), some, out, config=IndexConfig(), device="cpu", progress=False)
+    report = merge_indexes([*parts, str(whole)], f"{tmp_path}/merged")
+    assert report.ntotal == 40 + DOCUMENTS
+    searcher = Searcher(f"{tmp_path}/merged", model=str(model))
+    assert len(searcher.search(["w3 w4"], k=1)[1][0]) == 1
 
 
 def test_several_processes_are_one(model: Path, corpus: Path, whole: Path, tmp_path: Path) -> None:
