@@ -102,7 +102,7 @@ def _cell(value: Any) -> str:
 def faiss_quantizer(dim: int, factory: str, metric: Metric, seed: int) -> Any:
     """Return an untrained FAISS index of a factory string, seeded, without warnings on small samples.
 
-    The quantizer may be PQ, RQ or LSQ, behind OPQ or lists or not; or bits behind ITQ or principal components. An OPQ
+    The quantizer may be PQ, RQ or LSQ, behind OPQ, PCA or lists or not; or bits behind ITQ or principal components. An OPQ
     matrix gets a quantizer of its own for that, which it must outlive: keep the index.
     """
     faiss = load_faiss()
@@ -111,8 +111,9 @@ def faiss_quantizer(dim: int, factory: str, metric: Metric, seed: int) -> Any:
     if factory.endswith(("LSH", "RaBitQ")):
         return built  # nothing random but ITQ's own start
     inner, clusterings = built, []
-    if factory.startswith("OPQ"):
+    if isinstance(built, faiss.IndexPreTransform):
         inner = faiss.downcast_index(built.index)
+    if factory.startswith("OPQ"):
         matrix = faiss.downcast_VectorTransform(built.chain.at(0))
         opq = faiss.ProductQuantizer(matrix.d_out, inner.pq.M, inner.pq.nbits)
         matrix.pq = opq

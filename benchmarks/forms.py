@@ -41,6 +41,8 @@ FORMS = {
         for family in ("pq", "ivfpq", "rq", "ivfrq")
     },
 }
+for additive in ("rq", "ivfrq"):
+    FORMS[additive] += [(additive, {"norms": norms}) for norms in ("uint8", "none")]
 
 
 def main() -> None:
@@ -68,6 +70,8 @@ def main() -> None:
             )
             for kind, choice in FORMS[family]:
                 if metric == "l2" and kind in ("rq_fastscan", "ivfrq_fastscan"):
+                    continue
+                if metric == "inner_product" and "norms" in choice:
                     continue
                 rows.append(compare(kind, choice, export, codes, queries, exact.numpy()))
     common.print_table(f"{len(documents):,} x {documents.shape[1]} vectors, {len(queries)} queries", rows)
@@ -142,7 +146,9 @@ def compare(
     best = -np.sort(-exact, axis=1)[:, TOP - 1 : TOP]
     overlap = found >= best - 1e-5
     return {
-        "kind": kind + (" refine" if options else ""),
+        "kind": " ".join(
+            [kind, *(name if value is True else f"{name} {value}" for name, value in options.items())]
+        ),
         "metric": export.metric,
         "overlap@20": float(overlap.mean()),
         "of the worst query": float(overlap.mean(1).min()),

@@ -241,7 +241,7 @@ class Study:
         built = self._post_hoc_fits[name, reading]
         kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
         built.metric_type = kind  # codes do not depend on it
-        if "OPQ" in name:
+        if isinstance(built, faiss.IndexPreTransform):
             built.index.metric_type = kind
         result: Result = {"file_bytes": len(faiss.serialize_index(built)) / built.ntotal}
         if "IVF" in name:

@@ -8,7 +8,8 @@ vectors. A size is the true bytes of a code, of FAISS's additive quantizers with
   FAISS PQ, OPQ, RQ, LSQ   searched by L2, which is better for compressed unit vectors than the inner product
   FAISS ITQ, RaBitQ    binary codes: a bit a component after ITQ's rotation; RaBitQ's of fewer components, beside its 8
                        bytes of factors (so not at 8 bytes)
-  FAISS OPQ, reduced   the same to as many dimensions as the recipe keeps, without and with its inverted lists
+  FAISS RQ, decoded    the same without norms: search decodes what it scores, which is exact, and slower
+  ..., reduced, lists  of as many dimensions as the recipes keep, and in as many inverted lists
   endex                the recipe, exported to FAISS and searched there; others by the names of their files
   Gaussian bound       what an ideal code of the size would do with the control's vectors, were they Gaussian with the
                        covariance that the reading may know: reverse water-filling and its test channel (Cover & Thomas,
@@ -55,7 +56,7 @@ from training import Experiment, load_experiment, measure
 
 ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "zero-shot"
 BOUND = "Gaussian bound"
-RECIPES = (Path("configs/default.yaml"), Path("configs/rq_pca.yaml"))
+RECIPES = (Path("configs/default.yaml"), Path("configs/ivfrq_pca.yaml"))
 COMPONENTS = {8: 64, 16: 96, 32: 192}  # kept of a vector by bytes, as docs/results.md recommends
 COMPONENTS_ADDITIVE = {8: 96, 16: 128, 32: 256}
 MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
@@ -147,6 +148,8 @@ class QualityStudy(Study):
             "FAISS OPQ, reduced": f"OPQ{size}_{kept},PQ{size}",
             "FAISS RQ": f"RQ{size - 1}x8_Nqint8",
             "FAISS OPQ, reduced, lists": f"OPQ{size}_{kept},IVF{lists},PQ{size}",
+            "FAISS RQ, decoded": f"RQ{size}x8",
+            "FAISS RQ, reduced, lists": f"PCA{COMPONENTS_ADDITIVE[size]},IVF{lists},RQ{size}x8",
             "FAISS LSQ": f"LSQ{size - 1}x8_Nqint8",
             "FAISS ITQ": f"ITQ{8 * size},LSH",
         }
@@ -177,13 +180,13 @@ class QualityStudy(Study):
             kept = (COMPONENTS_ADDITIVE if _is_additive(head) else COMPONENTS)[size]
             return replace(head, components=kept, inner=self._sized(head.inner, size))  # type: ignore[arg-type]
         if _is_additive(head):
-            return replace(head, num_codebooks=size - 1)  # type: ignore[call-arg]
+            return replace(head, num_codebooks=size)  # type: ignore[call-arg]
         return super()._sized(head, size)
 
     def _index(self, head: HeadConfig) -> IndexConfig:
         if not _is_additive(head):
             return super()._index(head)
-        return IndexConfig(kind="ivfrq" if hasattr(innermost(head), "num_lists") else "rq", norms="uint8")
+        return IndexConfig(kind="ivfrq" if hasattr(innermost(head), "num_lists") else "rq", norms="none")
 
     def _from_start(self, recipe: Experiment, folder: Path, encoder: str, reading: str) -> Experiment:
         experiment = super()._from_start(recipe, folder, encoder, reading)

@@ -61,7 +61,8 @@ class IndexConfig:
             pq: "pq", "pq_fastscan" (4 bits), or "ivfpq" (the form that a GPU takes). Head ivfpq: "ivfpq",
             "ivfpq_fastscan" (4 bits). Head rq: "rq", "rq_fastscan" (4 bits, inner product). Head ivfrq: "ivfrq",
             "ivfrq_fastscan" (4 bits, inner product). Codes that a network decodes: "cascade".
-        norms: "rq" and "ivfrq" with metric l2: a document's squared norm in 4 bytes ("float32"), or in one ("uint8").
+        norms: "rq" and "ivfrq" with metric l2: a document's squared norm in 4 bytes ("float32"), in one ("uint8"), or
+            not at all ("none"): a search then decodes what it scores.
         nlist: Inverted lists over which "ivfpq" spreads the codes of a head without lists; all are probed.
         nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default the square root
             of their number.

@@ -47,7 +47,7 @@ __all__ = [
     "with_norms",
 ]
 
-Norms = Literal["float32", "uint8"]
+Norms = Literal["float32", "uint8", "none"]
 ROWS = 65_536  # documents worked on at once, to bound memory
 DRAWN = 16_384  # sums of codewords whose norms say what range to expect
 STEP = 1 / 64  # to which the range is rounded outwards
@@ -58,8 +58,8 @@ class AdditiveBuilder(IndexBuilder):
     """Base of the families that score additive codes as they are.
 
     Attributes:
-        norms: How an L2 code stores the squared norm of its vector: "float32" in 4 bytes, exact, or "uint8" in one
-            (FAISS's Nqint8).
+        norms: How an L2 code stores the squared norm of its vector: "float32" in 4 bytes, exact, "uint8" in one
+            (FAISS's Nqint8), or "none": a search decodes every document it scores, exactly, and takes longer.
     """
 
     norms: Norms = "float32"
@@ -77,28 +77,33 @@ class AdditiveBuilder(IndexBuilder):
     @property
     def approximation(self) -> str:
         """Norms of 256 values."""
-        return "" if self.norms == "float32" else "The documents' squared norms are rounded to one byte."
+        return "The documents' squared norms are rounded to one byte." if self.norms == "uint8" else ""
 
     @property
     def least_overlap(self) -> float:
         """Well below what docs/methods/rq.md measures."""
-        return 1.0 if self.norms == "float32" else 0.8
+        return 0.8 if self.norms == "uint8" else 1.0
 
     @property
     def improvement(self) -> str:
         """Exact norms."""
-        return "" if self.norms == "float32" else "Set --index.norms float32."
+        return "Set --index.norms float32." if self.norms == "uint8" else ""
 
 
 def search_type(export: AdditiveCodebooks, norms: Norms = "float32") -> int:
-    """Return how FAISS is to score: look-up sums for inner products, for L2 with a norm in each code.
+    """Return how FAISS is to score: look-up sums for inner products, for L2 with a norm in each code, or decoded.
 
     `ST_LUT_nonorm` with L2 would rank wrongly.
     """
     types = load_faiss().AdditiveQuantizer
     if export.metric == "inner_product":
         return int(types.ST_LUT_nonorm)
-    return int(types.ST_norm_float if norms == "float32" else types.ST_norm_qint8)
+    by_norms = {
+        "float32": types.ST_norm_float,
+        "uint8": types.ST_norm_qint8,
+        "none": types.ST_decompress,
+    }
+    return int(by_norms[norms])
 
 
 def norm_range(export: AdditiveCodebooks) -> tuple[float, float]:
@@ -156,7 +161,7 @@ def empty_lists(
 def with_norms(
     built: FaissIndex, export: AdditiveCodebooks, codes: UInt8[NDArray[np.uint8], "n size"]
 ) -> UInt8[NDArray[np.uint8], "n size"]:
-    """Return the codes as the quantizer of `built` stores them: with the decoded vector's squared norm, for L2."""
+    """Return the codes as the quantizer of `built` stores them: with the decoded vector's squared norm, if it has one."""
     if export.metric == "inner_product":
         return np.ascontiguousarray(codes)
     faiss = load_faiss()

@@ -1,4 +1,4 @@
-"""Squared norms of additive codes in one byte: the range they are counted in, and what they do to scores.
+"""Squared norms of additive codes in one byte, the range they are counted in, or none at all: what they do to scores.
 
 Shapes: n documents, q queries, D dimensions, M codebooks, K codewords, J lists.
 """
@@ -80,6 +80,24 @@ def test_scores_are_the_models_within_half_a_step_of_the_norm(kind: str, seed: i
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("kind", CONFIGS)
+def test_without_norms_scores_are_exact_and_codes_shorter(kind: str, seed: int) -> None:
+    head, codes, decoded = trained(kind, seed)
+    builder = BUILDERS[kind](norms="none")
+    built = builder.build(head.export(), codes)
+    assert built.rq.code_size == (M * BITS + 7) // 8
+    lists = inverted_file(built)
+    if lists is not None:
+        lists.nprobe = J
+    queries = vectors(seed + 200, Q).numpy()
+    distances, rows = built.search(queries, N)
+    expected = np.square(queries[:, None].astype(np.float64) - decoded[rows]).sum(2)
+    np.testing.assert_allclose(distances, expected, rtol=1e-5, atol=1e-6)
+    assert builder.exact
+    assert prove_parity(builder, built, head, codes, vectors(seed + 300, Q)).overlap == 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", CONFIGS)
 def test_the_range_holds_the_norms_of_codes_and_is_not_much_wider(kind: str, seed: int) -> None:
     head, codes, decoded = trained(kind, seed)
     low, high = norm_range(head.export())
@@ -128,7 +146,7 @@ def test_inner_products_and_other_names_are_refused() -> None:
     head = ResidualQuantizerConfig(num_codebooks=M, codebook_bits=BITS, metric="inner_product").build(D)
     with pytest.raises(InputError, match=r"inner products need no norms, got index\.norms uint8"):
         BUILDERS["rq"](norms="uint8").check(head.export())
-    with pytest.raises(InputError, match="norms must be one of float32, uint8, got 'int4'"):
+    with pytest.raises(InputError, match="norms must be one of float32, uint8, none, got 'int4'"):
         BUILDERS["ivfrq"](norms="int4")
     with pytest.raises(InputError, match=r"index\.norms=uint8 needs index\.kind rq or ivfrq, got 'pq'"):
         IndexConfig(kind="pq", norms="uint8")
