@@ -102,8 +102,8 @@ def _cell(value: Any) -> str:
 def faiss_quantizer(dim: int, factory: str, metric: Metric, seed: int) -> Any:
     """Return an untrained FAISS index of a factory string, seeded, without warnings on small samples.
 
-    The quantizer may be PQ, RQ or LSQ, behind OPQ, PCA or lists or not; or bits behind ITQ or principal components. An OPQ
-    matrix gets a quantizer of its own for that, which it must outlive: keep the index.
+    The quantizer may be PQ, RQ or LSQ, behind OPQ, PCA or lists or not; or bits behind ITQ or principal components. An
+    OPQ matrix gets a quantizer of its own for that, which it must outlive: keep the index.
     """
     faiss = load_faiss()
     kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2

@@ -161,7 +161,7 @@ def empty_lists(
 def with_norms(
     built: FaissIndex, export: AdditiveCodebooks, codes: UInt8[NDArray[np.uint8], "n size"]
 ) -> UInt8[NDArray[np.uint8], "n size"]:
-    """Return the codes as the quantizer of `built` stores them: with the decoded vector's squared norm, if it has one."""
+    """Return the codes as the quantizer of `built` stores them: with the decoded vector's squared norm if need be."""
     if export.metric == "inner_product":
         return np.ascontiguousarray(codes)
     faiss = load_faiss()
