@@ -24,7 +24,8 @@ Two readings, never mixed:
 
 `kept` is nDCG@10 as a share of the control's; for `endex, uncompressed` that of the towers as the recipe leaves them.
 `gain` is the mean difference of nDCG@10 to the best of FAISS's rows of the same size, its 95 % interval over queries
-and its two-sided p (paired, normal). The summary has means over seeds, and the sample deviation of them.
+and its two-sided p (paired, normal); `gain, without lists` that to the best of those that are a code alone. The
+summary has means over seeds, and the sample deviation of them.
 Results are kept in --out, and a command that was stopped goes on where it was. --systems chooses what is computed; of
 the other systems a command shows what is there.
 """
@@ -60,8 +61,9 @@ RECIPES = (Path("configs/default.yaml"), Path("configs/ivfrq_pca.yaml"))
 COMPONENTS = {8: 64, 16: 96, 32: 192}  # kept of a vector by bytes, as docs/results.md recommends
 COMPONENTS_ADDITIVE = {8: 96, 16: 128, 32: 256}
 MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
-SHOWN = ("system", "bytes", *MEASURES, "kept", "gain", "p", "file_bytes")
+SHOWN = ("system", "bytes", *MEASURES, "kept", "gain", "p", "gain, without lists", "file_bytes")
 FACTORS = 8  # bytes of a RaBitQ code that are no bits of components
+WITHOUT_LISTS = ", without lists"  # of the rivals: those that are a code and nothing else
 GOALS = {8: 0.90, 16: 0.97, 32: 0.99}
 
 
@@ -240,16 +242,25 @@ class QualityStudy(Study):
         for row in rows:
             row["kept"] = row["ndcg@10"] / control["ndcg@10"]
             rivals = [r for r in rows if r["bytes"] == row["bytes"] and r["system"].startswith("FAISS")]
-            if row["system"] not in self._recipes() or not rivals:
+            if row["system"] not in self._recipes():
                 continue
-            best = max(rivals, key=lambda rival: rival["ndcg@10"])
-            own, other = row["per_query"], best["per_query"]
-            difference = np.array([own.get(n, 0.0) - other.get(n, 0.0) for n in self.data.qrels])
-            error = difference.std() / math.sqrt(len(difference))
-            row["best_rival"] = best["system"]
-            row["difference"] = float(difference.mean())
-            row["gain"] = f"{difference.mean():+.3f} ± {1.96 * error:.3f}"
-            row["p"] = math.erfc(abs(difference.mean()) / error / math.sqrt(2)) if error else 1.0
+            flat = [rival for rival in rivals if not rival["system"].endswith("lists")]
+            for suffix, some in (("", rivals), (WITHOUT_LISTS, flat)):
+                if some:
+                    best = max(some, key=lambda rival: rival["ndcg@10"])
+                    row |= {name + suffix: value for name, value in self._gain(row, best).items()}
+
+    def _gain(self, row: Result, rival: Result) -> Result:
+        """Return how far a row is ahead of a rival, by query."""
+        own, other = row["per_query"], rival["per_query"]
+        difference = np.array([own.get(n, 0.0) - other.get(n, 0.0) for n in self.data.qrels])
+        error = difference.std() / math.sqrt(len(difference))
+        return {
+            "best_rival": rival["system"],
+            "difference": float(difference.mean()),
+            "gain": f"{difference.mean():+.3f} ± {1.96 * error:.3f}",
+            "p": math.erfc(abs(difference.mean()) / error / math.sqrt(2)) if error else 1.0,
+        }
 
 
 def _is_additive(head: HeadConfig) -> bool:
@@ -269,9 +280,12 @@ def summarize(rows: Sequence[Result]) -> list[Result]:
         line |= {name: mean(row[name] for row in group) for name in MEASURES}
         line["deviation"] = stdev(values) if len(values) > 1 else None
         line["kept"] = mean(row["kept"] for row in group)
-        differences = [row["difference"] for row in group if "difference" in row]
-        line["gain"] = mean(differences) if differences else None
-        line["largest p"] = max((row["p"] for row in group if "p" in row), default=None)
+        for suffix in ("", WITHOUT_LISTS):
+            differences = [row[f"difference{suffix}"] for row in group if f"difference{suffix}" in row]
+            line[f"gain{suffix}"] = mean(differences) if differences else None
+            line[f"largest p{suffix}"] = max(
+                (row[f"p{suffix}"] for row in group if f"p{suffix}" in row), default=None
+            )
         summary.append(line)
     return summary
 
