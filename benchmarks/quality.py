@@ -13,7 +13,8 @@ vectors. A size is the true bytes of a code, of FAISS's additive quantizers with
   endex                the recipe, exported to FAISS and searched there; others by the names of their files
   Gaussian bound       what an ideal code of the size would do with the control's vectors, were they Gaussian with the
                        covariance that the reading may know: reverse water-filling and its test channel (Cover & Thomas,
-                       2006, sections 10.3.3 and 13.3), searched by L2; a code beats it only by knowing more than that
+                       2006, sections 10.3.3 and 13.3), searched by L2; a code beats it only by knowing more than that.
+                       `lists` adds the bits of a list's number
 
 With --no_queries there are no pairs either: the encoder as it came is start and control, and the recipe makes queries
 of the documents (`data.labels` pseudo).
@@ -167,6 +168,10 @@ class QualityStudy(Study):
             *((name, lambda name=name: self._joint(name, reading, size, start)) for name in self._recipes()),  # type: ignore[misc]
             (TOWERS, lambda: self._dense_row(self._vectors(trained))),
             (BOUND, lambda: self._gaussian_bound(8 * size, vectors, reading)),
+            (
+                f"{BOUND}, lists",
+                lambda: self._gaussian_bound(8 * size + math.log2(lists), vectors, reading),
+            ),
         ]
 
     def _recipes(self) -> dict[str, Path]:
@@ -214,7 +219,7 @@ class QualityStudy(Study):
         """Return the row of the encoder as it came."""
         return self._dense_row(self._vectors(self._untrained("zero-shot")))
 
-    def _gaussian_bound(self, bits: int, vectors: dict[str, Tensor], reading: str) -> Result:
+    def _gaussian_bound(self, bits: float, vectors: dict[str, Tensor], reading: str) -> Result:
         """Return the row of vectors that went through the test channel of a Gaussian source at so many bits."""
         x = vectors["documents"].double()
         known = self._known(reading)
