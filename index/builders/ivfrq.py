@@ -24,8 +24,8 @@ __all__ = ["IVFRQBuilder"]
 class IVFRQBuilder(AdditiveBuilder):
     """Search over additive codes in inverted lists, on the CPU.
 
-    FAISS computes a table of M K D products for every probed list: take at most 8 codebooks, FastScan, or no norms, which
-    need no table.
+    FAISS computes a table of M K D products for every probed list: take at most 8 codebooks, FastScan, or no norms, for
+    which there is no table.
 
     Attributes:
         nprobe: Lists that a search probes unless it says otherwise; by default the square root of their number.
