@@ -162,7 +162,7 @@ def with_norms(
     built: FaissIndex, export: AdditiveCodebooks, codes: UInt8[NDArray[np.uint8], "n size"]
 ) -> UInt8[NDArray[np.uint8], "n size"]:
     """Return the codes as the quantizer of `built` stores them: with the decoded vector's squared norm if need be."""
-    if export.metric == "inner_product":
+    if built.rq.code_size == codes.shape[1]:  # it stores no norm
         return np.ascontiguousarray(codes)
     faiss = load_faiss()
     if built.rq.search_type == faiss.AdditiveQuantizer.ST_norm_qint8:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from index import FaissFit, IndexConfig, Searcher, export_index
-from index.builders import BUILDERS, inverted_file
+from index.builders import BUILDERS, probing_all
 from index.builders.additive import norm_range
 from index.parity import ParityError, prove_parity
 from retriever import DualEncoderConfig, InputError, embed_documents, read_corpus
@@ -65,11 +65,9 @@ def test_scores_are_the_models_within_half_a_step_of_the_norm(kind: str, seed: i
     built = BUILDERS[kind](norms="uint8").build(export, codes)
     exact = BUILDERS[kind]().build(export, codes)
     assert built.rq.code_size == exact.rq.code_size - 3
-    lists = inverted_file(built)
-    if lists is not None:
-        lists.nprobe = J
     queries = vectors(seed + 200, Q).numpy()
-    distances, rows = built.search(queries, N)
+    with probing_all(built):
+        distances, rows = built.search(queries, N)
     assert (np.sort(rows, axis=1) == np.arange(N)).all()
     expected = np.square(queries[:, None].astype(np.float64) - decoded[rows]).sum(2)
     low, high = norm_range(export)
@@ -85,15 +83,14 @@ def test_without_norms_scores_are_exact_and_codes_shorter(kind: str, seed: int) 
     builder = BUILDERS[kind](norms="none")
     built = builder.build(head.export(), codes)
     assert built.rq.code_size == (M * BITS + 7) // 8
-    lists = inverted_file(built)
-    if lists is not None:
-        lists.nprobe = J
     queries = vectors(seed + 200, Q).numpy()
-    distances, rows = built.search(queries, N)
+    with probing_all(built):
+        distances, rows = built.search(queries, N)
     expected = np.square(queries[:, None].astype(np.float64) - decoded[rows]).sum(2)
     np.testing.assert_allclose(distances, expected, rtol=1e-5, atol=1e-6)
     assert builder.exact
-    assert prove_parity(builder, built, head, codes, vectors(seed + 300, Q)).overlap == 1
+    with probing_all(built):
+        assert prove_parity(builder, built, head, codes, vectors(seed + 300, Q)).overlap == 1
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -124,10 +121,8 @@ def test_the_best_documents_are_nearly_the_models(kind: str, seed: int) -> None:
     head, codes, _ = trained(kind, seed)
     builder = BUILDERS[kind](norms="uint8")
     built = builder.build(head.export(), codes)
-    lists = inverted_file(built)
-    if lists is not None:
-        lists.nprobe = J
-    parity = prove_parity(builder, built, head, codes, vectors(seed + 300, Q))
+    with probing_all(built):
+        parity = prove_parity(builder, built, head, codes, vectors(seed + 300, Q))
     assert 0.9 < parity.overlap < 1
     assert not builder.exact
     assert "one byte" in builder.approximation
