@@ -319,9 +319,9 @@ class Study:
         self, recipe: Recipe, options: Mapping[str, Any], loss: str = "reconstruction"
     ) -> tuple[DualEncoder, Result]:
         """Train a head as `endex train` does, or take what was trained; return the model and what it took."""
-        _, given, epochs, batch_size, *_ = self._settings(recipe)
-        given |= options
-        name = f"{recipe.head}-{_key((self._settings(recipe), sorted(options.items())))}"
+        settings = self._settings(recipe)
+        name = f"{recipe.head}-{_key((settings, sorted(options.items())))}"
+        given, epochs, batch_size = {**settings[1], **options}, *settings[2:4]
         experiment = self._experiment(recipe, HEADS[recipe.head](**given), name, loss, epochs, batch_size)
         folder = Path(experiment.output)
         if not (folder / "about.json").is_file():

@@ -34,15 +34,19 @@ from retriever.scores import Metric, score_matrix
 
 TOP = 20
 FASTSCAN = [("{}", {}), ("{}_fastscan", {}), ("{}_fastscan", {"refine": True})]
+WITH_NORMS = [*FASTSCAN, ("{}", {"norms": "uint8"}), ("{}", {"norms": "none"})]
 FORMS = {
     "flat": [(kind, {}) for kind in ("flat", "sq8", "sq4", "hnsw", "hnsw_sq8")],
     **{
-        family: [(kind.format(family), options) for kind, options in FASTSCAN]
-        for family in ("pq", "ivfpq", "rq", "ivfrq")
+        family: [(kind.format(family), options) for kind, options in forms]
+        for family, forms in (
+            ("pq", FASTSCAN),
+            ("ivfpq", FASTSCAN),
+            ("rq", WITH_NORMS),
+            ("ivfrq", WITH_NORMS),
+        )
     },
 }
-for additive in ("rq", "ivfrq"):
-    FORMS[additive] += [(additive, {"norms": norms}) for norms in ("uint8", "none")]
 
 
 def main() -> None:

@@ -430,6 +430,7 @@ class Study:
             "steps",
             "documents",
             "queries",
+            "precision",
             "split",
             "seed",
         )

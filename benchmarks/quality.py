@@ -246,9 +246,9 @@ class QualityStudy(Study):
         control = next(row for row in rows if row["system"] == DENSE)
         for row in rows:
             row["kept"] = row["ndcg@10"] / control["ndcg@10"]
-            rivals = [r for r in rows if r["bytes"] == row["bytes"] and r["system"].startswith("FAISS")]
             if row["system"] not in self._recipes():
                 continue
+            rivals = [r for r in rows if r["bytes"] == row["bytes"] and r["system"].startswith("FAISS")]
             flat = [rival for rival in rivals if not rival["system"].endswith("lists")]
             for suffix, some in (("", rivals), (WITHOUT_LISTS, flat)):
                 if some:
