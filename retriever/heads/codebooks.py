@@ -157,9 +157,14 @@ class Codebooks(nn.Module):
         """
         return use_statistics(self.usage)
 
-    def window_is_full(self, window: float) -> bool:
-        """Return whether the window holds so many documents a codeword, on average."""
-        return use_is_full(self.usage, window)
+    def has_dead_codes(self, window: float) -> bool:
+        """Return whether the window is full and has left codewords unused; a full one that has not begins anew."""
+        if not use_is_full(self.usage, window):
+            return False
+        if bool((self.usage == 0).any()):
+            return True
+        self.usage.zero_()
+        return False
 
     @torch.no_grad()
     def restart_dead_codes(
@@ -176,7 +181,7 @@ class Codebooks(nn.Module):
         """
         if self.assignment != "live" or not self.selection.by_codewords:
             return {}
-        if not self.window_is_full(window):
+        if not self.has_dead_codes(window):
             return {}
         z = z.transpose(0, 1)  # (M, N, S)
         dead = self.usage == 0
@@ -184,7 +189,7 @@ class Codebooks(nn.Module):
         replacement = z.gather(1, rows.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
         self.codewords.copy_(torch.where(dead.unsqueeze(-1), replacement, self.codewords))
         self.usage.zero_()
-        return {self.codewords: dead} if bool(dead.any()) else {}
+        return {self.codewords: dead}
 
 
 def add_use(usage: Int[Tensor, "M K"], codes: Int[Tensor, "N M"]) -> None:

@@ -172,7 +172,7 @@ class IVFResidualQuantizer(InvertedListHead):
     ) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
         """Restart unused centroids by vectors and unused codewords by residuals, each when its window is full."""
         x, window, masks = x.float(), self._config.restart_window, {}
-        if self.fine.window_is_full(window):  # otherwise the search would be for nothing
+        if self.fine.has_dead_codes(window):  # otherwise the search would be for nothing
             _, residual = self._residual(x)
             chosen = self.fine.select(beam_search(residual, self.codebooks, self._config.beam))
             steps = residuals(residual, chosen, gradient_once=True)

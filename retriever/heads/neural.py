@@ -293,7 +293,7 @@ class NeuralQuantizer(CompressionHead):
     ) -> dict[nn.Parameter, Bool[Tensor, "..."]]:
         """Once the window is full, put what a step had to add to a vector of `x` in the place of unused codewords."""
         window = self._config.restart_window
-        if not self.books.window_is_full(window):
+        if not self.books.has_dead_codes(window):
             return {}
         z = self.standardize(x)
         codes = self._encode(z)

@@ -203,7 +203,7 @@ class ResidualQuantizer(CompressionHead):
     ) -> dict[nn.Parameter, Bool[Tensor, "M K"]]:
         """Once the window is full, put a residual of its step in the place of every codeword it did not use."""
         window = self._config.restart_window
-        if not self.fine.window_is_full(window):  # the search would be for nothing
+        if not self.fine.has_dead_codes(window):  # the search would be for nothing
             return {}
         x = x.float()
         steps = residuals(x, self.fine.select(self.encode(x)), gradient_once=True)

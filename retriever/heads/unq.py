@@ -240,7 +240,7 @@ class UNQ(CompressionHead):
     ) -> dict[nn.Parameter, Bool[Tensor, "M K"]]:
         """Once the window is full, put an encoded vector in the place of every codeword it did not use."""
         window = self._config.restart_window
-        if not self.books.window_is_full(window):
+        if not self.books.has_dead_codes(window):
             return {}
         with inference(self.encoder):
             encoded = self._split(self.encoder((x.float() - self.offset) / self.scale))
