@@ -21,6 +21,7 @@ from retriever.encoder import Encoder
 from retriever.errors import InputError
 from retriever.folder import check_folder, publish_folder, read_json, write_json
 from retriever.heads import HEADS, CompressionHead, HeadConfig, HeadOutput, NoCompressionConfig
+from retriever.transforms.batch_norm import inference
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -120,8 +121,9 @@ class DualEncoder(nn.Module):
         return self.document_encoder(tokens)  # type: ignore[no-any-return]
 
     def compress(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
-        """Return the codes of document vectors."""
-        return self.head.encode(x)
+        """Return the codes of document vectors, as the finished model makes them."""
+        with inference(self.head):
+            return self.head.encode(x)
 
     def forward(
         self,

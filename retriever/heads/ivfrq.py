@@ -1,6 +1,7 @@
 """Learned inverted file with residual quantization: a coarse centroid, then codewords that add up to what is left.
 
-Shapes: N vectors, D dimensions, J lists, M codebooks, K = 2**bits codewords of D dimensions.
+Shapes: N vectors, D dimensions, J lists, L of them that a beam begins with, M codebooks, K = 2**bits codewords of D
+dimensions.
 A document's codes are its list number and M codewords.
 """
 
@@ -12,17 +13,19 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from retriever.errors import InputError
 from retriever.heads.base import (
     CoarseAdditiveCodebooks,
     HeadOutput,
     QuantizerFit,
 )
 from retriever.heads.cells import Cells, build_coarse
-from retriever.heads.codebooks import AssignmentName
+from retriever.heads.codebooks import ROWS_AT_ONCE, AssignmentName, Codebooks
 from retriever.heads.listed import InvertedListHead
 from retriever.heads.lists import ListStructure, check_list_sample, check_lists
-from retriever.heads.residual import beam_search, residuals
-from retriever.heads.rq import ResidualQuantizerConfig, quantize, step_losses
+from retriever.heads.pieces import at_once
+from retriever.heads.residual import beam_search_from, residuals, squared_distances
+from retriever.heads.rq import ResidualQuantizerConfig, estimate_steps, step_losses
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -40,6 +43,9 @@ class IVFResidualQuantizerConfig(ResidualQuantizerConfig):
             starting centroid for ever ("frozen") or in training ("frozen_in_training").
         list_structure: Every centroid is a vector of its own ("free"), or a sum S_i + alpha_ij T_j of two codebooks
             ("gno_imi", GNO-IMI; "no_imi" with alpha = 1), which makes K squared lists of 2 K vectors.
+        list_beam: L, nearest lists that the beam begins with: a document goes to the one in which its sum ends
+            nearest. 1 is the nearest list alone, FAISS's own choice. Encoding costs the same while L is at most
+            `beam`.
     """
 
     name: ClassVar[str] = "ivfrq"
@@ -47,10 +53,21 @@ class IVFResidualQuantizerConfig(ResidualQuantizerConfig):
     num_lists: int = 256
     list_assignment: AssignmentName = "live"
     list_structure: ListStructure = "free"
+    list_beam: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_lists(self.num_lists, self.list_assignment, self.list_structure)
+        if not 1 <= self.list_beam <= self.num_lists:
+            raise InputError(
+                f"list_beam must be between 1 and num_lists={self.num_lists}, got {self.list_beam}."
+            )
+        if self.list_beam > 1 and (self.list_assignment != "live" or self.list_structure != "free"):
+            raise InputError(
+                f"list_beam {self.list_beam} chooses among current centroids of their own, got list_assignment="
+                f"{self.list_assignment} and list_structure={self.list_structure}. Set list_beam 1, or "
+                "list_assignment live and list_structure free."
+            )
 
     def check_sample(self, documents: int) -> None:
         """Raise InputError if the warm start would have fewer documents than lists or codewords."""
@@ -65,7 +82,8 @@ class IVFResidualQuantizerConfig(ResidualQuantizerConfig):
 class IVFResidualQuantizer(InvertedListHead):
     """Coarse centroid plus residual-quantized residual.
 
-    T(x) = v_a + sum_m c_m with a = argmin_j ||x - v_j||^2 and c the codewords of x - v_a.
+    T(x) = v_a + sum_m c_m with a = argmin_j ||x - v_j||^2 and c the codewords of x - v_a; with a `list_beam` of L, the
+    list among the L nearest and its codewords for which the beam ends nearest to x.
     Exports to `faiss.IndexIVFResidualQuantizer` without loss: centroids become its lists, and every code keeps the
     list it has here.
 
@@ -107,11 +125,18 @@ class IVFResidualQuantizer(InvertedListHead):
         """Quantize with the configured gradient estimator, in float32 whatever the autocast."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            coarse, lists = self.coarse(x[:, None])
+            if self._config.list_beam == 1:
+                coarse, lists = self.coarse(x[:, None])
+                codes = self._search(x, lists)[:, 1:]
+            else:
+                assert isinstance(self.coarse, Codebooks), "the configuration allows no cells here"
+                found = self._search(x, self._nearest_lists(x))
+                lists, codes = found[:, :1], found[:, 1:]
+                coarse = self.coarse.estimate(x[:, None], lists)
             centroid = self.coarse.select(lists).squeeze(1)
             # "codeword" passes on the vector's gradient once, in the residual, where it must not reach the centroid
             residual = x - (centroid.detach() if self._config.estimator == "codeword" else centroid)
-            fine, codes = quantize(self._config, self.fine, residual)
+            fine = estimate_steps(self._config, self.fine, residual, codes)
             whole = self.fine.select(codes)
             whole = torch.cat([whole[:, :1] + centroid[:, None], whole[:, 1:]], 1)
             losses = step_losses(self._config, x, whole)
@@ -127,8 +152,8 @@ class IVFResidualQuantizer(InvertedListHead):
     def encode(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N 1+M"]:
         """Return list numbers and the codes that the beam search finds for the residuals."""
         with torch.autocast(x.device.type, enabled=False):
-            lists, residual = self._residual(x.float())
-            return torch.cat([lists, beam_search(residual, self.codebooks, self._config.beam)], 1)
+            x = x.float()
+            return self._search(x, self._nearest_lists(x))
 
     def decode(self, codes: Int[Tensor, "N 1+M"]) -> Float[Tensor, "N D"]:
         """Return centroid plus codewords."""
@@ -173,13 +198,31 @@ class IVFResidualQuantizer(InvertedListHead):
         """Restart unused centroids by vectors and unused codewords by residuals, each when its window is full."""
         x, window, masks = x.float(), self._config.restart_window, {}
         if self.fine.has_dead_codes(window):  # otherwise the search would be for nothing
-            _, residual = self._residual(x)
-            chosen = self.fine.select(beam_search(residual, self.codebooks, self._config.beam))
-            steps = residuals(residual, chosen, gradient_once=True)
+            codes = self.encode(x)
+            residual = x - self.coarse.select(codes[:, :1]).squeeze(1)
+            steps = residuals(residual, self.fine.select(codes[:, 1:]), gradient_once=True)
             masks = self.fine.restart_dead_codes(steps, window, generator)
         return {**self.coarse.restart_dead_codes(x[:, None], window, generator), **masks}
 
-    def _residual(self, x: Float[Tensor, "N D"]) -> tuple[Int[Tensor, "N 1"], Float[Tensor, "N D"]]:
-        """Return list numbers, and the residuals to the current centroids of those lists, which decode adds."""
-        lists = self.coarse.encode(x[:, None])
-        return lists, x - self.coarse.select(lists).squeeze(1)
+    @torch.no_grad()
+    def _nearest_lists(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N L"]:
+        """Return the lists that a beam begins with."""
+        count = self._config.list_beam
+        if count == 1:
+            return self.coarse.encode(x[:, None])
+        rows = x[:, None].split(at_once(ROWS_AT_ONCE, x.device))
+        distances = (squared_distances(part, self.centroids).squeeze(1) for part in rows)
+        return torch.cat([part.topk(count, largest=False).indices for part in distances])
+
+    @torch.no_grad()
+    def _search(self, x: Float[Tensor, "N D"], lists: Int[Tensor, "N L"]) -> Int[Tensor, "N 1+M"]:
+        """Return the list, of those given, and the codes of the residual to its current centroid."""
+        beam = self._config.beam_size(self.training)
+
+        def search(x: Tensor, lists: Tensor) -> Tensor:
+            starts = x[:, None] - self.coarse.select(lists.reshape(-1, 1)).view(*lists.shape, -1)
+            found = beam_search_from(starts, self.codebooks, beam)
+            return torch.cat([lists.gather(1, found[:, :1]), found[:, 1:]], 1)
+
+        rows = at_once(ROWS_AT_ONCE, x.device)
+        return torch.cat(list(map(search, x.split(rows), lists.split(rows))))

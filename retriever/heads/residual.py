@@ -1,6 +1,6 @@
 """Residual quantization: codewords that add up to a vector, chosen one step after the other.
 
-Shapes: N vectors, D dimensions, M codebooks (steps), K codewords, B sums that a beam keeps.
+Shapes: N vectors, D dimensions, M codebooks (steps), K codewords, B sums that a beam keeps, L that it begins with.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from retriever.heads.pieces import at_once
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["beam_search", "gather_rows", "residuals", "squared_distances"]
+__all__ = ["beam_search", "beam_search_from", "gather_rows", "residuals", "squared_distances"]
 
 TABLE = 1 << 20  # entries of the (rows, B, K) table of distances; 4 MB stay in the caches of a CPU
 
@@ -32,14 +32,30 @@ def beam_search(x: Float[Tensor, "N D"], codebooks: Float[Tensor, "M K D"], beam
         codebooks: Codewords in the order of the steps.
         beam: B; a step cannot keep more sums than there are.
     """
-    rows = max(1, at_once(TABLE, x.device) // (beam * codebooks.shape[1]))
-    return torch.cat([_search_rows(part, codebooks, beam) for part in x.split(rows)])
+    return beam_search_from(x[:, None], codebooks, beam)[:, 1:]
 
 
-def _search_rows(x: Float[Tensor, "N D"], codebooks: Float[Tensor, "M K D"], beam: int) -> Int[Tensor, "N M"]:
+@torch.no_grad()
+def beam_search_from(
+    starts: Float[Tensor, "N L D"], codebooks: Float[Tensor, "M K D"], beam: int
+) -> Int[Tensor, "N 1+M"]:
+    """Return the start that leads to the smallest residual, and the codes from there on; see `beam_search`.
+
+    Args:
+        starts: What each of L beginnings of a sum leaves of a vector.
+        codebooks: Codewords in the order of the steps.
+        beam: B.
+    """
+    rows = max(1, at_once(TABLE, starts.device) // (max(beam, starts.shape[1]) * codebooks.shape[1]))
+    return torch.cat([_search_rows(part, codebooks, beam) for part in starts.split(rows)])
+
+
+def _search_rows(
+    residual: Float[Tensor, "N L D"], codebooks: Float[Tensor, "M K D"], beam: int
+) -> Int[Tensor, "N 1+M"]:
     steps, size, _ = codebooks.shape
-    residual = x[:, None]  # (N, B, D), from one empty sum
-    codes = torch.empty(len(x), 1, 0, dtype=torch.int64, device=x.device)
+    count, width = residual.shape[:2]
+    codes = torch.arange(width, device=residual.device).expand(count, width)[:, :, None]
     for step, words in enumerate(codebooks):
         distances = squared_distances(residual, words).flatten(1)  # (N, B K)
         kept = 1 if step == steps - 1 else min(beam, distances.shape[1])

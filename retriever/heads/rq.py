@@ -22,7 +22,7 @@ from retriever.scores import Metric
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["ResidualQuantizer", "ResidualQuantizerConfig", "quantize", "step_losses"]
+__all__ = ["ResidualQuantizer", "ResidualQuantizerConfig", "estimate_steps", "step_losses"]
 
 CHOICES = {"metric": Metric, "estimator": EstimatorName, "distortion_steps": Literal["last", "all"]}
 
@@ -36,6 +36,7 @@ class ResidualQuantizerConfig(HeadConfig):
         codebook_bits: log2 of the codewords in a codebook.
         beam: Sums that the encoder keeps at every step but the last; 1 is greedy, 5 FAISS's default. Encoding takes
             as many times longer, search does not.
+        eval_beam: Sums that it keeps outside training; by default as many.
         metric: Score of a query with a compressed document. "l2" is 1 - ||q - x||^2 / 2, the cosine of unit vectors
             before compression, and adds a norm of 4 bytes, or 1, to a code in the index; "inner_product" adds nothing.
         estimator: What the retrieval loss's gradient reaches: "identity" the vectors only, "codeword" the vectors and
@@ -54,6 +55,7 @@ class ResidualQuantizerConfig(HeadConfig):
     num_codebooks: int = 16
     codebook_bits: int = 8
     beam: int = 5
+    eval_beam: int | None = None
     metric: Metric = "l2"
     estimator: EstimatorName = "codeword"
     selection_temperature: float = 1.0
@@ -66,8 +68,9 @@ class ResidualQuantizerConfig(HeadConfig):
         check_size(self.num_codebooks, self.codebook_bits)
         check_choices(self, CHOICES)
         check_not_negative(self, ("distortion_weight", "commitment_weight", "restart_window"))
-        if self.beam < 1:
-            raise InputError(f"beam must be at least 1, which is greedy, got {self.beam}.")
+        for name in ("beam", "eval_beam"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, which is greedy, got {value}.")
         if not 0 < self.selection_temperature < float("inf"):
             raise InputError(f"selection_temperature must be positive, got {self.selection_temperature}.")
 
@@ -75,6 +78,10 @@ class ResidualQuantizerConfig(HeadConfig):
     def selects_softly(self) -> bool:
         """Whether the estimator is the softmax over codewords."""
         return self.estimator == "softmax"
+
+    def beam_size(self, training: bool) -> int:
+        """Return the sums that the encoder keeps."""
+        return self.beam if training else self.eval_beam or self.beam
 
     def check(self, dim: int) -> None:
         """Do nothing: codewords have as many dimensions as the vectors, so any will do."""
@@ -130,7 +137,8 @@ class ResidualQuantizer(CompressionHead):
         """Quantize with the configured gradient estimator, in float32 whatever the autocast."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            estimate, codes = quantize(self._config, self.fine, x)
+            codes = self._search(x)
+            estimate = estimate_steps(self._config, self.fine, x, codes)
             losses = step_losses(self._config, x, self.fine.select(codes))
         return HeadOutput(
             reconstruction=estimate.codewords.sum(1),
@@ -143,7 +151,7 @@ class ResidualQuantizer(CompressionHead):
     def encode(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
         """Return the codes that the beam search finds."""
         with torch.autocast(x.device.type, enabled=False):
-            return beam_search(x.float(), self.codebooks, self._config.beam)
+            return self._search(x.float())
 
     def decode(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N D"]:
         """Return the sums of the codewords."""
@@ -209,15 +217,16 @@ class ResidualQuantizer(CompressionHead):
         steps = residuals(x, self.fine.select(self.encode(x)), gradient_once=True)
         return self.fine.restart_dead_codes(steps, window, generator)
 
+    def _search(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
+        return beam_search(x.detach(), self.codebooks, self._config.beam_size(self.training))
 
-def quantize(
-    config: ResidualQuantizerConfig, books: Codebooks, x: Float[Tensor, "N D"]
-) -> tuple[Estimate, Int[Tensor, "N M"]]:
-    """Return the codewords of every step, (N, M, D), with the estimator's gradient path, and the codes."""
-    codes = beam_search(x.detach(), books.codewords, config.beam)
-    chosen = books.select(codes).detach()
-    steps = residuals(x, chosen, gradient_once=config.estimator != "softmax")
-    return books.estimate(steps, codes), codes
+
+def estimate_steps(
+    config: ResidualQuantizerConfig, books: Codebooks, x: Float[Tensor, "N D"], codes: Int[Tensor, "N M"]
+) -> Estimate:
+    """Return the codewords of every step, (N, M, D), with the estimator's gradient path."""
+    steps = residuals(x, books.select(codes).detach(), gradient_once=config.estimator != "softmax")
+    return books.estimate(steps, codes)
 
 
 def step_losses(

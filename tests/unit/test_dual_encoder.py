@@ -24,7 +24,7 @@ from retriever import (
     model_fingerprint,
 )
 from retriever.data import Collator
-from retriever.heads import NoCompressionConfig, ProductQuantizerConfig
+from retriever.heads import NoCompressionConfig, ProductQuantizerConfig, ResidualQuantizerConfig
 
 HEAD = ProductQuantizerConfig(num_codebooks=4, codebook_bits=4)
 QUERIES = ["w1 w2 w3", "w4", " ".join(f"w{i}" for i in range(40))]
@@ -305,6 +305,17 @@ def test_query_and_document_are_cut_at_their_own_length(tiny_model: Path) -> Non
     query = model.tokenize_queries([text])["input_ids"]
     document = model.tokenize_documents([Document("a", "", text)])["input_ids"]
     assert (query.shape, document.shape) == ((1, 16), (1, 32))
+
+
+def test_a_model_in_training_compresses_like_the_finished_one(tiny_model: Path) -> None:
+    model = make_config(tiny_model).build(
+        ResidualQuantizerConfig(num_codebooks=4, codebook_bits=4, eval_beam=40)
+    )
+    x = torch.randn(200, model.dim, generator=torch.Generator().manual_seed(0))
+    codes = model.train().compress(x)
+    assert model.head.training
+    assert not torch.equal(codes, model.head.encode(x))
+    assert torch.equal(codes, model.eval().compress(x))
 
 
 def test_embedded_documents_are_in_the_order_given(tiny_model: Path) -> None:

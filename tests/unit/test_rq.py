@@ -5,7 +5,7 @@ Shapes: n vectors, D dimensions, M codebooks, K codewords, J lists.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import faiss
@@ -114,6 +114,56 @@ def test_a_beam_as_wide_as_all_sums_finds_the_nearest_one() -> None:
     assert squared_error(head, x, beam_search(x, head.codebooks, 512)) == pytest.approx(nearest, rel=1e-5)
 
 
+def test_a_beam_from_some_lists_finds_the_nearest_sum_in_those_lists() -> None:
+    head, x = make_ivfrq(num_codebooks=2, codebook_bits=3, beam=512, list_beam=3), make_vectors(100, rows=50)
+    centroids, (first, second) = head.centroids.double(), head.codebooks.detach().double()
+    sums = (centroids[:, None, None] + first[:, None] + second).flatten(1, 2)  # (J, K K, D)
+    distances = (x.double()[:, None, None] - sums).square().sum(-1)  # (N, J, K K)
+    near = torch.cdist(x.double(), centroids).topk(3, largest=False).indices
+    expected = distances.amin(2).gather(1, near).amin(1)
+    codes = head.encode(x)
+    assert (codes[:, :1] == near).any(1).all()
+    assert (codes[:, 0] != near[:, 0]).any()
+    torch.testing.assert_close(
+        (x - head.decode(codes)).square().sum(1).double(), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_beam_from_some_lists_finds_nearer_sums_than_from_the_nearest_list(seed: int) -> None:
+    x = make_vectors(seed + 100)
+    one, some = (
+        squared_error(head, x, head.encode(x)) for head in (make_ivfrq(seed), make_ivfrq(seed, list_beam=4))
+    )
+    assert some < one
+
+
+def test_codes_in_training_are_those_of_encoding_with_lists_of_a_beam() -> None:
+    head, x = make_ivfrq(list_beam=3), make_vectors(100)
+    assert torch.equal(head(x).codes, head.encode(x))
+    torch.testing.assert_close(head(x).reconstruction, head.decode(head.encode(x)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"list_beam": 0}, r"list_beam must be between 1 and num_lists=256, got 0"),
+        ({"list_beam": 257}, r"list_beam must be between 1 and num_lists=256, got 257"),
+        (
+            {"list_beam": 2, "list_assignment": "frozen"},
+            r"list_beam 2 chooses among current centroids.*frozen",
+        ),
+        (
+            {"list_beam": 2, "list_structure": "no_imi"},
+            r"list_beam 2 chooses among current centroids.*no_imi",
+        ),
+    ],
+)
+def test_a_beam_of_lists_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        IVFResidualQuantizerConfig(**options)
+
+
 @pytest.mark.parametrize("beam", [1, 5])
 def test_codes_of_vectors_far_from_the_origin_are_those_of_float64(beam: int) -> None:
     """||r||^2 and 2 r . c are a thousand times their difference here."""
@@ -135,9 +185,24 @@ def test_no_vectors_have_no_codes() -> None:
     assert make_rq().encode(torch.empty(0, D)).shape == (0, M)
 
 
-def test_a_beam_below_one_is_refused() -> None:
-    with pytest.raises(InputError, match=r"beam must be at least 1, which is greedy, got 0"):
-        ResidualQuantizerConfig(beam=0)
+@pytest.mark.parametrize("make", [make_rq, make_ivfrq])
+def test_the_beam_of_evaluation_is_that_outside_training(make: Any) -> None:
+    head, x = make(eval_beam=20), make_vectors(100)
+    fixed = [make(beam=beam) for beam in (5, 20)]
+    for other in fixed:
+        other.load_state_dict(head.state_dict())
+    narrow, wide = (other.encode(x) for other in fixed)
+    assert not torch.equal(narrow, wide)
+    for training, expected in ((True, narrow), (False, wide)):
+        head.train(training)
+        assert torch.equal(head.encode(x), expected)
+        assert torch.equal(head(x).codes, expected)
+
+
+@pytest.mark.parametrize("name", ["beam", "eval_beam"])
+def test_a_beam_below_one_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"{name} must be at least 1, which is greedy, got 0"):
+        ResidualQuantizerConfig(**{name: 0})
 
 
 # --- FAISS ---
@@ -169,6 +234,7 @@ def test_decoded_vectors_in_lists_are_those_of_faiss() -> None:
         ("rq_fastscan", make_rq, {"metric": "inner_product", "codebook_bits": 4, "num_codebooks": 8}),
         ("ivfrq", make_ivfrq, {}),
         ("ivfrq", make_ivfrq, {"metric": "inner_product"}),
+        ("ivfrq", make_ivfrq, {"list_beam": 4}),
         ("ivfrq_fastscan", make_ivfrq, {"metric": "inner_product", "codebook_bits": 4, "num_codebooks": 8}),
     ],
 )
@@ -211,7 +277,7 @@ def test_identity_passes_the_gradient_to_the_vectors_alone(make: Any) -> None:
     assert all(not value.any() for value in found.values())
 
 
-@pytest.mark.parametrize("make", [make_rq, make_ivfrq])
+@pytest.mark.parametrize("make", [make_rq, make_ivfrq, partial(make_ivfrq, list_beam=3)])
 def test_codeword_passes_the_gradient_once_to_vectors_and_to_each_chosen_codeword(make: Any) -> None:
     x, upstream = make_vectors(100, rows=40), make_vectors(200, rows=40)
     head = make(estimator="codeword")
