@@ -10,6 +10,7 @@ vectors. A size is the true bytes of a code, of FAISS's additive quantizers with
                        bytes of factors (so not at 8 bytes)
   FAISS RQ, decoded    the same without norms: search decodes what it scores, which is exact, and slower
   ..., reduced, lists  of as many dimensions as the recipes keep, and in as many inverted lists
+  ..., wide beam       the same fit, its codes chosen with as wide a beam as the recipe's (FAISS's is 5)
   endex                the recipe, exported to FAISS and searched there; others by the names of their files
   Gaussian bound       what an ideal code of the size would do with the control's vectors, were they Gaussian with the
                        covariance that the reading may know: reverse water-filling and its test channel (Cover & Thomas,
@@ -63,6 +64,7 @@ COMPONENTS = {8: 64, 16: 96, 32: 192}  # kept of a vector by bytes, as docs/resu
 COMPONENTS_ADDITIVE = {8: 96, 16: 128, 32: 256}
 MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 SHOWN = ("system", "bytes", *MEASURES, "kept", "gain", "p", "gain, without lists", "file_bytes")
+BEAM = ";beam="  # in a name: FAISS's factory, and the beam of the documents
 FACTORS = 8  # bytes of a RaBitQ code that are no bits of components
 WITHOUT_LISTS = ", without lists"  # of the rivals: those that are a code and nothing else
 GOALS = {8: 0.90, 16: 0.97, 32: 0.99}
@@ -145,6 +147,7 @@ class QualityStudy(Study):
     ) -> list[tuple[str, Callable[[], Result]]]:
         head, kept = self._recipe(ENDEX).head, COMPONENTS[size]
         lists = innermost(head).num_lists
+        additive = f"PCA{COMPONENTS_ADDITIVE[size]},IVF{lists},RQ{size}x8"
         factories = {
             "FAISS PQ": f"PQ{size}",
             "FAISS OPQ": f"OPQ{size},PQ{size}",
@@ -152,10 +155,12 @@ class QualityStudy(Study):
             "FAISS RQ": f"RQ{size - 1}x8_Nqint8",
             "FAISS OPQ, reduced, lists": f"OPQ{size}_{kept},IVF{lists},PQ{size}",
             "FAISS RQ, decoded": f"RQ{size}x8",
-            "FAISS RQ, reduced, lists": f"PCA{COMPONENTS_ADDITIVE[size]},IVF{lists},RQ{size}x8",
+            "FAISS RQ, reduced, lists": additive,
             "FAISS LSQ": f"LSQ{size - 1}x8_Nqint8",
             "FAISS ITQ": f"ITQ{8 * size},LSH",
         }
+        if beam := getattr(innermost(head), "eval_beam", None):
+            factories["FAISS RQ, reduced, lists, wide beam"] = f"{additive}{BEAM}{beam}"
         if size > FACTORS:
             factories["FAISS RaBitQ"] = f"PCAR{8 * (size - FACTORS)},RaBitQ"
         systems: list[tuple[str, Callable[[], Result]]] = [
@@ -173,6 +178,17 @@ class QualityStudy(Study):
                 lambda: self._gaussian_bound(8 * size + math.log2(lists), vectors, reading),
             ),
         ]
+
+    def _fit_post_hoc(self, name: str, x: np.ndarray, reading: str) -> Any:
+        """Return FAISS's index; where a beam is named, it is that in which the documents' codes are chosen."""
+        factory, _, beam = name.partition(BEAM)
+        built = super()._fit_post_hoc(factory, x, reading)
+        if beam:
+            faiss = load_faiss()
+            faiss.downcast_index(faiss.extract_index_ivf(built)).rq.max_beam_size = int(beam)
+            built.reset()
+            built.add(x)
+        return built
 
     def _recipes(self) -> dict[str, Path]:
         """Return the recipes by the names of their rows."""
@@ -249,7 +265,7 @@ class QualityStudy(Study):
             if row["system"] not in self._recipes():
                 continue
             rivals = [r for r in rows if r["bytes"] == row["bytes"] and r["system"].startswith("FAISS")]
-            flat = [rival for rival in rivals if not rival["system"].endswith("lists")]
+            flat = [rival for rival in rivals if ", lists" not in rival["system"]]
             for suffix, some in (("", rivals), (WITHOUT_LISTS, flat)):
                 if some:
                     best = max(some, key=lambda rival: rival["ndcg@10"])
