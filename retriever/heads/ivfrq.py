@@ -44,8 +44,8 @@ class IVFResidualQuantizerConfig(ResidualQuantizerConfig):
         list_structure: Every centroid is a vector of its own ("free"), or a sum S_i + alpha_ij T_j of two codebooks
             ("gno_imi", GNO-IMI; "no_imi" with alpha = 1), which makes K squared lists of 2 K vectors.
         list_beam: L, nearest lists that the beam begins with: a document goes to the one in which its sum ends
-            nearest. 1 is the nearest list alone, FAISS's own choice. Encoding costs the same while L is at most
-            `beam`.
+            nearest; all lists where there are fewer. 1 is the nearest list alone, FAISS's own choice. Encoding costs
+            the same while L is at most `beam`.
     """
 
     name: ClassVar[str] = "ivfrq"
@@ -58,9 +58,9 @@ class IVFResidualQuantizerConfig(ResidualQuantizerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_lists(self.num_lists, self.list_assignment, self.list_structure)
-        if not 1 <= self.list_beam <= self.num_lists:
+        if self.list_beam < 1:
             raise InputError(
-                f"list_beam must be between 1 and num_lists={self.num_lists}, got {self.list_beam}."
+                f"list_beam must be at least 1, which is the nearest list, got {self.list_beam}."
             )
         if self.list_beam > 1 and (self.list_assignment != "live" or self.list_structure != "free"):
             raise InputError(
@@ -207,7 +207,7 @@ class IVFResidualQuantizer(InvertedListHead):
     @torch.no_grad()
     def _nearest_lists(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N L"]:
         """Return the lists that a beam begins with."""
-        count = self._config.list_beam
+        count = min(self._config.list_beam, self.num_lists)
         if count == 1:
             return self.coarse.encode(x[:, None])
         rows = x[:, None].split(at_once(ROWS_AT_ONCE, x.device))

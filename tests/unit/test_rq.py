@@ -138,6 +138,11 @@ def test_a_beam_from_some_lists_finds_nearer_sums_than_from_the_nearest_list(see
     assert some < one
 
 
+def test_a_beam_of_more_lists_than_there_are_begins_with_all() -> None:
+    x = make_vectors(100)
+    assert torch.equal(make_ivfrq(list_beam=J + 1).encode(x), make_ivfrq(list_beam=J).encode(x))
+
+
 def test_codes_in_training_are_those_of_encoding_with_lists_of_a_beam() -> None:
     head, x = make_ivfrq(list_beam=3), make_vectors(100)
     assert torch.equal(head(x).codes, head.encode(x))
@@ -147,8 +152,7 @@ def test_codes_in_training_are_those_of_encoding_with_lists_of_a_beam() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"list_beam": 0}, r"list_beam must be between 1 and num_lists=256, got 0"),
-        ({"list_beam": 257}, r"list_beam must be between 1 and num_lists=256, got 257"),
+        ({"list_beam": 0}, r"list_beam must be at least 1, which is the nearest list, got 0"),
         (
             {"list_beam": 2, "list_assignment": "frozen"},
             r"list_beam 2 chooses among current centroids.*frozen",
