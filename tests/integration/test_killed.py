@@ -68,10 +68,11 @@ def kill_often(recipe: Path, output: Path, kept: Path, seed: int) -> None:
     load_faiss()
     _, _, used = os.wait4(start(experiment), 0)
     shutil.move(output, kept / "whole")
+    shares = [(part + draw.random()) / KILLS for part in draw.sample(range(KILLS), KILLS)]  # one of each part
     while len(steps) < KILLS or len(list(kept.iterdir())) < 2:
         child = start(experiment)
         if len(steps) < KILLS:
-            wait(child, draw.uniform(0, used.ru_utime + used.ru_stime))
+            wait(child, shares[len(steps)] * (used.ru_utime + used.ru_stime))
             time.sleep(draw.uniform(0, 0.02))  # or none would fall into waiting for the disk
             os.kill(child, signal.SIGKILL)  # of one that has ended, too: it is not waited for yet
         _, status = os.waitpid(child, 0)
@@ -194,7 +195,7 @@ def test_twenty_kills_leave_runs_that_end_with_the_same_bytes(killed: dict[str, 
 
 
 def test_the_kills_met_different_parts_of_a_run(killed: dict[str, Any]) -> None:
-    assert len(set(killed["steps"])) >= 3  # how many depends on the machine
+    assert len(set(killed["steps"])) >= 5
 
 
 def test_what_a_kill_left_is_cleared_and_a_best_model_moved_aside_comes_back(tmp_path: Path) -> None:
