@@ -17,8 +17,8 @@ from pathlib import Path
 import common
 import numpy as np
 import torch
-from methods import Result, shorten, study_parser
-from quality import COMPONENTS_ADDITIVE, ENDEX, RECIPES, QualityStudy, innermost
+from methods import Result, innermost, shorten, study_parser
+from quality import ENDEX, RECIPES, QualityStudy, additive_factory
 
 from index._faiss import load_faiss
 from retriever import DualEncoder, embed_documents, read_data
@@ -67,8 +67,7 @@ class GeneralisationStudy(QualityStudy):
 
     def _row(self, size: int, lists: int, chosen: np.ndarray, further: np.ndarray | None) -> Result:
         x = self.vectors["documents"]
-        name = f"PCA{COMPONENTS_ADDITIVE[size]},IVF{lists},RQ{size}x8"
-        built = common.faiss_quantizer(x.shape[1], name, "l2", self.options.seed)
+        built = common.faiss_quantizer(x.shape[1], additive_factory(size, lists), "l2", self.options.seed)
         sample = x[chosen] if further is None else np.concatenate([x[chosen], further])
         load_faiss().extract_index_ivf(built).cp.max_points_per_centroid = len(sample)
         built.train(sample)

@@ -147,7 +147,7 @@ class QualityStudy(Study):
     ) -> list[tuple[str, Callable[[], Result]]]:
         head, kept = self._recipe(ENDEX).head, COMPONENTS[size]
         lists = innermost(head).num_lists
-        additive = f"PCA{COMPONENTS_ADDITIVE[size]},IVF{lists},RQ{size}x8"
+        additive = additive_factory(size, lists)
         factories = {
             "FAISS PQ": f"PQ{size}",
             "FAISS OPQ": f"OPQ{size},PQ{size}",
@@ -282,6 +282,11 @@ class QualityStudy(Study):
             "gain": f"{difference.mean():+.3f} ± {1.96 * error:.3f}",
             "p": math.erfc(abs(difference.mean()) / error / math.sqrt(2)) if error else 1.0,
         }
+
+
+def additive_factory(size: int, lists: int) -> str:
+    """Return FAISS's factory string of components, lists and residual codes without norms."""
+    return f"PCA{COMPONENTS_ADDITIVE[size]},IVF{lists},RQ{size}x8"
 
 
 def _is_additive(head: HeadConfig) -> bool:
