@@ -28,6 +28,7 @@ from retriever import (
     Collator,
     Document,
     InputError,
+    Query,
     RetrievalData,
     TokenBatch,
     embed_documents,
@@ -167,7 +168,7 @@ class TrainingRun:
         )
 
     def warm_start(self) -> None:
-        """Give the head its starting values from the current vectors of a sample of documents."""
+        """Give the head its starting values from the current vectors of a sample of documents, and of queries."""
         optimization = self.experiment.optimization
         ids = self._warm_start_ids()
         generator = torch.Generator().manual_seed(self.experiment.seed)
@@ -179,13 +180,36 @@ class TrainingRun:
             keys = torch.tensor([document_key(document.id) for document in documents])
             vectors = self.corpus.vectors[self.corpus.rows(keys)]
         head = self.model.head
+        queries = self._embed_queries(self._sample_queries()) if head.config.learns_from_queries else None
         if self.accelerator.is_main_process:
-            head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
+            if queries is None:
+                head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
+            else:
+                head.warm_start_to_rank(vectors, queries, self.quantizer_fit, self.experiment.seed)
         if self.processes > 1:
             for value in head.state_dict().values():
                 torch.distributed.broadcast(value, 0)
         self.loss.start(vectors, self.experiment.seed)
         self.candidates.start(self.model, self.embed)
+
+    def _sample_queries(self) -> list[Query]:
+        """Return as many queries of training pairs as the warm start has documents, or all."""
+        names = sorted({query for query, _ in self.dataset.rows})
+        generator = torch.Generator().manual_seed(self.experiment.seed)
+        chosen = torch.randperm(len(names), generator=generator).tolist()
+        return [
+            self.data.queries[names[row]]
+            for row in chosen[: self.experiment.optimization.warm_start_documents]
+        ]
+
+    def _embed_queries(self, queries: Sequence[Query]) -> Tensor:
+        """Return the current vectors of queries, on the device; every process embeds a share."""
+        precision = self.experiment.optimization.precision
+        return embed_in_shares(
+            queries,
+            lambda part: embed_queries(self.model, part, precision=precision),
+            self.accelerator.device,
+        )
 
     def restore(self, resume: bool) -> None:
         """Continue from the newest checkpoint."""
@@ -254,11 +278,7 @@ class TrainingRun:
 
     def _label_by_teacher(self) -> RetrievalData:
         """Give every query of the split the document that the towers rank first, in the place of its judgements."""
-        texts = [self.data.queries[name] for name in self.data.qrels]
-        precision = self.experiment.optimization.precision
-        queries = embed_in_shares(
-            texts, lambda part: embed_queries(self.model, part, precision=precision), self.accelerator.device
-        )
+        queries = self._embed_queries([self.data.queries[name] for name in self.data.qrels])
         documents = self.embed(list(self.data.documents.values()))
         _, rows = search_exhaustively(queries, documents, 1, metric=self.model.head.metric)
         ids = list(self.data.documents)

@@ -24,6 +24,7 @@ from retriever.heads.ivfrq import IVFResidualQuantizer, IVFResidualQuantizerConf
 from retriever.heads.none import NoCompression, NoCompressionConfig
 from retriever.heads.pca import PCA, PCAConfig
 from retriever.heads.pq import ProductQuantizer, ProductQuantizerConfig
+from retriever.heads.projection import Projection, ProjectionConfig
 from retriever.heads.qinco import QINCo, QINCoConfig
 from retriever.heads.qinco2 import QINCo2, QINCo2Config
 from retriever.heads.rq import ResidualQuantizer, ResidualQuantizerConfig
@@ -40,6 +41,7 @@ HEADS: dict[str, type[HeadConfig]] = {
     "unq": UNQConfig,
     "cnt": CNTConfig,
     "pca": PCAConfig,
+    "projection": ProjectionConfig,
     "ivfflat": IVFFlatConfig,
 }
 
@@ -71,6 +73,8 @@ __all__ = [
     "ProductCodebooks",
     "ProductQuantizer",
     "ProductQuantizerConfig",
+    "Projection",
+    "ProjectionConfig",
     "QINCo",
     "QINCo2",
     "QINCo2Config",

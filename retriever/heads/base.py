@@ -46,10 +46,12 @@ class HeadConfig(ABC):
 
     Attributes:
         maps: Whether the head compares queries and documents in a space of its own; see `CompressionHead.map_queries`.
+        learns_from_queries: Whether the warm start wants queries, too; see `CompressionHead.warm_start_to_rank`.
     """
 
     name: ClassVar[str] = ""
     maps: ClassVar[bool] = False
+    learns_from_queries: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, dim: int) -> CompressionHead:
@@ -324,6 +326,12 @@ class CompressionHead(nn.Module, ABC):
     @abstractmethod
     def warm_start(self, sample: Float[Tensor, "n D"], fit: QuantizerFit, seed: int) -> None:
         """Set starting values from a sample of live vectors."""
+
+    def warm_start_to_rank(
+        self, sample: Float[Tensor, "n D"], queries: Float[Tensor, "m D"], fit: QuantizerFit, seed: int
+    ) -> None:
+        """Set starting values from samples of live vectors of documents and of training queries."""
+        self.warm_start(sample, fit, seed)
 
     def manual_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that `descend` moves instead of the optimizer."""

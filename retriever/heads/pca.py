@@ -90,11 +90,17 @@ class PCA(MappingHead):
     def warm_start(self, sample: Float[Tensor, "n D"], fit: QuantizerFit, seed: int) -> None:
         """Take mean and principal components of the sample, and start the inner head from its components."""
         self._config.check_sample(len(sample))
+        self._start_components(sample)
+        self._start_inner(sample, fit, seed)
+
+    def _start_components(self, sample: Float[Tensor, "n D"]) -> None:
         exact = sample.double()
         mean = exact.mean(0)
         _, vectors = torch.linalg.eigh((exact - mean).T @ (exact - mean) / len(exact))  # rising eigenvalues
         self.mean.copy_(mean)
         self.matrix.copy_(vectors[:, -self.out_dim :].flip(1).T)
+
+    def _start_inner(self, sample: Float[Tensor, "n D"], fit: QuantizerFit, seed: int) -> None:
         self.inner.warm_start(self._map(sample.to(self.mean)), fit, seed)
 
     def _map(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N E"]:

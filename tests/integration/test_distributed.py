@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from retriever.heads import (
     IVFResidualQuantizerConfig,
     PCAConfig,
     ProductQuantizerConfig,
+    ProjectionConfig,
     ResidualQuantizerConfig,
 )
 from training import Experiment, Trainer, dump_experiment
@@ -427,6 +429,23 @@ def test_two_processes_end_with_the_codebooks_of_one(runs: dict[int, Path]) -> N
 def test_two_processes_evaluate_as_one(runs: dict[int, Path], name: str) -> None:
     assert len(series(runs[1], name)) == 2
     assert series(runs[2], name) == pytest.approx(series(runs[1], name), abs=1e-6)
+
+
+def test_two_processes_learn_the_projection_of_one(
+    still_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    head = ProjectionConfig(components=8, inner=ProductQuantizerConfig(**SMALL), fit_steps=20, fit_lr=5e-3)
+    runs = [
+        replace(make_experiment(still_model, tiny_data, tmp_path / name, "codeword"), head=head)
+        for name in ("one", "two")
+    ]
+    Trainer(runs[0], progress=False).fit()
+    (tmp_path / "recipe.yaml").write_text(dump_experiment(runs[1]))
+    wait_for_all([start_two(tmp_path / "recipe.yaml")])
+    one, two = (DualEncoder.load(Path(run.output) / "last").head.matrix for run in runs)
+    rows = one.double()
+    assert (rows @ rows.T - torch.eye(8).double()).abs().max() > 1e-3  # no principal components any more
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-3)
 
 
 def test_a_batch_that_the_processes_do_not_divide_is_refused_with_the_numbers(

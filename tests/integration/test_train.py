@@ -26,7 +26,13 @@ from retriever import (
     embed_queries,
     read_data,
 )
-from retriever.heads import HeadConfig, NoCompressionConfig, ProductQuantizerConfig
+from retriever.heads import (
+    HeadConfig,
+    NoCompressionConfig,
+    ProductQuantizerConfig,
+    Projection,
+    ProjectionConfig,
+)
 from training import (
     Experiment,
     Trainer,
@@ -482,3 +488,34 @@ def test_max_pairs_limits_the_pairs(tiny_model: Path, tiny_data: Path, tmp_path:
         tiny_model, tiny_data, tmp_path / "run", data={"max_pairs": 20}, optimization={"steps": None}
     )
     assert Trainer(experiment, progress=False).fit().steps == 1
+
+
+@pytest.mark.parametrize("documents", [80, 40])
+def test_a_head_that_learns_from_queries_is_given_those_of_the_training_pairs(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, documents: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never one of another split; not more than the warm start has documents."""
+    seen: list[torch.Tensor] = []
+
+    def record(head: Projection, sample: torch.Tensor, queries: torch.Tensor, *rest: Any) -> None:
+        seen.append(queries)
+        head.warm_start(sample, *rest)
+
+    monkeypatch.setattr(Projection, "warm_start_to_rank", record)
+    experiment = make_experiment(
+        tiny_model,
+        tiny_data,
+        tmp_path / "run",
+        head=ProjectionConfig(components=8, inner=ProductQuantizerConfig(num_codebooks=4, codebook_bits=4)),
+        optimization={"steps": 1, "dense_warmup": 0.0, "warm_start_documents": documents},
+    )
+    torch.manual_seed(experiment.seed)
+    towers = experiment.model.build(experiment.head)
+    data = read_data(tiny_data, split="train")
+    allowed = embed_queries(towers, [data.queries[name] for name in data.qrels])
+    Trainer(experiment, progress=False).fit()
+    (queries,) = seen
+    near = torch.cdist(queries.float(), allowed).min(1)
+    assert len(queries) == min(documents, 56)
+    assert near.values.max() < 1e-3
+    assert len(near.indices.unique()) == len(queries)

@@ -27,6 +27,7 @@ from retriever.heads import (
     PCAConfig,
     ProductQuantizer,
     ProductQuantizerConfig,
+    ProjectionConfig,
     QINCo2Config,
     QINCoConfig,
     ResidualQuantizerConfig,
@@ -162,6 +163,11 @@ CONFIGS: dict[str, list[HeadConfig]] = {
             inner=IVFProductQuantizerConfig(
                 num_lists=5, num_codebooks=4, codebook_bits=4, estimator="softmax"
             ),
+        ),
+    ],
+    "projection": [
+        ProjectionConfig(
+            components=8, inner=IVFResidualQuantizerConfig(num_lists=5, num_codebooks=3, codebook_bits=4)
         ),
     ],
     "ivfflat": [

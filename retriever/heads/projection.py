@@ -1,0 +1,162 @@
+"""Projection head: a linear map in front of another head, learned so that what a short code keeps of it ranks.
+
+Principal components keep the variance of documents, whatever queries ask. Here the map is learned before anything is
+quantized: the code is stood in for by Gaussian noise of its rate (Cover & Thomas, 2006, section 10.3), and the noisy
+documents have to rank for training queries as the documents do (ListNet, Cao et al., 2007). Variance is then where
+queries tell documents apart. That quantization noise may take the quantizer's place while a transform is learned:
+Balle et al., 2017, section 3.
+
+Shapes: N documents, B queries, D dimensions, E dimensions of the map's output.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from retriever.errors import InputError
+from retriever.heads.base import QuantizerFit
+from retriever.heads.pca import PCA, PCAConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+__all__ = ["Projection", "ProjectionConfig", "noise_level"]
+
+QUERIES_AT_ONCE = 128
+DOCUMENTS_AT_ONCE = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionConfig(PCAConfig):
+    """Size of a `Projection`, how it is learned, and the head behind it.
+
+    Attributes:
+        components: E, at most the dimension; 12 a byte of the code.
+        fit_steps: Steps in which the map is learned, each with 128 queries and at most 8,192 documents of the warm
+            start's sample; 0 leaves the principal components.
+        fit_lr: Learning rate of Adam, which falls linearly to 0; the map's rows begin with length 1.
+        fit_temperature: Of the ranking that is taught, as `DistillationConfig.temperature`.
+    """
+
+    name: ClassVar[str] = "projection"
+    learns_from_queries: ClassVar[bool] = True
+
+    fit_steps: int = 800
+    fit_lr: float = 5e-4
+    fit_temperature: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.fit_steps < 0:
+            raise InputError(f"fit_steps must be at least 0, got {self.fit_steps}.")
+        for name in ("fit_lr", "fit_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}.")
+        super().__post_init__()
+
+    def build(self, dim: int) -> Projection:
+        """Return the head for vectors of `dim` dimensions."""
+        return Projection(self, dim)
+
+
+class Projection(PCA):
+    """y = A (x - mean), then the inner head. A is fixed at the warm start; towers and inner head train on.
+
+    Without queries (`warm_start`) A are the principal components.
+
+    Args:
+        config: Dimensions, learning of A, the inner head.
+        dim: Dimension D of the vectors.
+
+    Raises:
+        InputError: If D does not fit `config`, or the inner head's metric is not l2.
+    """
+
+    _config: ProjectionConfig
+
+    @property
+    def rate(self) -> float:
+        """Bits that describe a document: those of its code and of its list's number."""
+        return 8 * self.inner.code_size + math.log2(getattr(self.inner, "num_lists", None) or 1)
+
+    @torch.no_grad()
+    def warm_start_to_rank(
+        self, sample: Float[Tensor, "n D"], queries: Float[Tensor, "m D"], fit: QuantizerFit, seed: int
+    ) -> None:
+        """Learn A from the principal components on, and start the inner head from what A makes of the sample."""
+        self._config.check_sample(len(sample))
+        self._start_components(sample)
+        with torch.enable_grad(), torch.autocast(sample.device.type, enabled=False):
+            matrix = self._learn(sample.to(self.mean) - self.mean, queries.to(self.mean) - self.mean, seed)
+        self.matrix.copy_(matrix)
+        self._start_inner(sample, fit, seed)
+
+    def _learn(
+        self, x: Float[Tensor, "n D"], queries: Float[Tensor, "m D"], seed: int
+    ) -> Float[Tensor, "E D"]:
+        """Minimize the cross-entropy between the rankings of documents and of noisy mapped documents."""
+        config, generator = self._config, torch.Generator(x.device).manual_seed(seed)
+        covariance = x.double().T.cov(correction=0).to(x)
+        matrix = self.matrix.detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([matrix], lr=config.fit_lr)
+        for step in range(config.fit_steps):
+            optimizer.param_groups[0]["lr"] = config.fit_lr * (1 - step / config.fit_steps)
+            q = queries[_draw(len(queries), QUERIES_AT_ONCE, generator)]
+            documents = x[_draw(len(x), DOCUMENTS_AT_ONCE, generator)] if len(x) > DOCUMENTS_AT_ONCE else x
+            target = (_closeness(q, documents) / config.fit_temperature).softmax(1)
+            y = documents @ matrix.T
+            if config.inner is not None:
+                y = _through_channel(y, matrix @ covariance @ matrix.T, self.rate, generator)
+            scores = _closeness(q @ matrix.T, y) / config.fit_temperature
+            loss = -(target * scores.log_softmax(1)).sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return matrix.detach()
+
+
+def noise_level(covariance: Float[Tensor, "E E"], bits: float) -> Float[Tensor, ""]:
+    """Return the variance, with gradients, of white noise that leaves a Gaussian source of a covariance so many bits.
+
+    The rate of y + noise is 1/2 log2 det(I + covariance / level). The level is found by bisection, and its gradient
+    is that of the rate's equation (one step of Newton, which leaves the value as it is).
+    """
+    with torch.no_grad():
+        variances = torch.linalg.eigvalsh(covariance.double()).clamp(min=0)
+        low = -math.log(float(variances.max())) - 50.0  # of log 1 / level
+        high = low + 100.0 + 2 * math.log(2) * bits / len(variances)
+        for _ in range(60):
+            middle = (low + high) / 2
+            rate = torch.log2(1 + math.exp(middle) * variances).sum() / 2
+            low, high = (middle, high) if rate < bits else (low, middle)
+        signal = math.exp(middle) * variances
+        slope = float((signal / (1 + signal)).sum() / (2 * math.log(2)))
+    exact = covariance.double() * math.exp(middle) + torch.eye(len(covariance), device=covariance.device)
+    rate = torch.linalg.slogdet(exact).logabsdet / (2 * math.log(2))
+    inverse = middle - (rate - rate.detach()) / slope  # falls where the rate rises
+    return torch.exp(-inverse).to(covariance)
+
+
+def _through_channel(
+    y: Float[Tensor, "n E"], covariance: Float[Tensor, "E E"], bits: float, generator: torch.Generator
+) -> Float[Tensor, "n E"]:
+    """Return the expectation of vectors of which noise leaves so many bits."""
+    covariance = covariance.double()
+    level, identity = noise_level(covariance, bits), torch.eye(len(covariance)).to(covariance)
+    noise = torch.randn(y.shape, generator=generator, device=y.device, dtype=y.dtype)
+    shrink = identity - torch.linalg.inv(identity + covariance / level)  # C (C + level)^-1
+    expected: Tensor = (y + level.sqrt().to(y) * noise) @ shrink.to(y)
+    return expected
+
+
+def _closeness(q: Float[Tensor, "B E"], x: Float[Tensor, "N E"]) -> Float[Tensor, "B N"]:
+    """Return half the negative squared distances, up to a number for each query: q x of vectors of equal length."""
+    return q @ x.T - x.square().sum(1) / 2
+
+
+def _draw(count: int, size: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(count, (size,), generator=generator, device=generator.device)
