@@ -281,6 +281,11 @@ class CompressionHead(nn.Module, ABC):
         return (self.num_codes * self.code_bits + 7) // 8
 
     @property
+    def rate(self) -> float:
+        """Bits that tell a document from others: those of its code, and of its list's number where there are lists."""
+        return self.num_codes * self.code_bits
+
+    @property
     @abstractmethod
     def config(self) -> HeadConfig:
         """The configuration that built this head."""

@@ -5,6 +5,7 @@ Shapes: N vectors, D dimensions, J lists, M codebooks. A document's codes are it
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -61,6 +62,11 @@ class InvertedListHead(CompressionHead):
     def code_size(self) -> int:
         """Bytes of a packed row: list number and code. In FAISS the list number is implied by the list."""
         return self.list_bytes + ((self.num_codes - 1) * self.code_bits + 7) // 8
+
+    @property
+    def rate(self) -> float:
+        """Bits of a list's number among J, and of a code."""
+        return math.log2(self.num_lists) + (self.num_codes - 1) * self.code_bits
 
     def pack(self, codes: Int[Tensor, "N 1+M"]) -> NDArray[np.uint8]:
         """Pack as `IndexIVF.add_sa_codes` takes rows: list number (little-endian), then the code."""

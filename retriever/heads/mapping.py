@@ -102,6 +102,11 @@ class MappingHead(CompressionHead):
         """Bytes of a compressed vector."""
         return self.inner.code_size
 
+    @property
+    def rate(self) -> float:
+        """Bits of the inner head's code and list."""
+        return self.inner.rate
+
     def forward(self, x: Float[Tensor, "N D"]) -> HeadOutput:
         """Map and compress, in float32 whatever the autocast."""
         return self._compress(self._map(x))

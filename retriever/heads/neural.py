@@ -11,6 +11,7 @@ the number of its list where there are lists.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Self
@@ -151,6 +152,11 @@ class NeuralQuantizer(CompressionHead):
     def code_size(self) -> int:
         """Bytes of a packed row: list number, if any, and code."""
         return self.list_bytes + (self._config.num_codebooks * self.code_bits + 7) // 8
+
+    @property
+    def rate(self) -> float:
+        """Bits of a list's number, if any, and of a code."""
+        return math.log2(self._config.num_lists or 1) + self._config.num_codebooks * self.code_bits
 
     def network(self, step: int) -> StepNetwork | None:
         """Return the network of a step, counted from 0; None for a first step without lists."""

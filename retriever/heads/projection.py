@@ -78,11 +78,6 @@ class Projection(PCA):
 
     _config: ProjectionConfig
 
-    @property
-    def rate(self) -> float:
-        """Bits that describe a document: those of its code and of its list's number."""
-        return 8 * self.inner.code_size + math.log2(getattr(self.inner, "num_lists", None) or 1)
-
     @torch.no_grad()
     def warm_start_to_rank(
         self, sample: Float[Tensor, "n D"], queries: Float[Tensor, "m D"], fit: QuantizerFit, seed: int

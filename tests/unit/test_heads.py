@@ -5,6 +5,7 @@ Shapes: N vectors, D dimensions, M codebooks, K codewords, S = D // M sub-dimens
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -372,6 +373,22 @@ def test_a_batch_is_compressed_as_its_documents_and_queries_are(config: HeadConf
     output, queries = head.compress_batch(x, q)
     torch.testing.assert_close(output.reconstruction, head(x).reconstruction, rtol=0, atol=1e-5)
     torch.testing.assert_close(queries, head.map_queries(q), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "bits"),
+    [
+        (NoCompressionConfig(), 32 * D),
+        (ProductQuantizerConfig(num_codebooks=4, codebook_bits=5), 20),
+        (IVFResidualQuantizerConfig(num_codebooks=3, codebook_bits=4, num_lists=40), 12 + math.log2(40)),
+        (QINCoConfig(num_codebooks=3, codebook_bits=4), 12),
+        (QINCoConfig(num_codebooks=3, codebook_bits=4, num_lists=40), 12 + math.log2(40)),
+        (PCAConfig(components=8, inner=IVFFlatConfig(num_lists=5)), 32 * 8 + math.log2(5)),
+    ],
+    ids=repr,
+)
+def test_the_rate_is_the_bits_of_code_and_list_number(config: HeadConfig, bits: float) -> None:
+    assert config.build(D).rate == pytest.approx(bits)
 
 
 @every_head

@@ -18,7 +18,6 @@ from index import FaissFit
 from retriever import InputError
 from retriever.heads import (
     FlatVectors,
-    IVFResidualQuantizerConfig,
     PCAConfig,
     ProductQuantizerConfig,
     Projection,
@@ -107,13 +106,6 @@ def test_the_map_keeps_what_queries_ask_for(seed: int) -> None:
         found = near.topk(10, largest=False).indices
         overlap[name] = (found[:, :, None] == exact[:, None]).any(2).double().mean().item()
     assert overlap["learned"] > overlap["components"] + 0.1
-
-
-def test_more_bits_are_a_higher_rate_and_lists_count() -> None:
-    assert started(0).rate == 8  # two codewords of four bits
-    listed = IVFResidualQuantizerConfig(num_codebooks=3, codebook_bits=4, num_lists=32)
-    head = ProjectionConfig(components=E, inner=listed).build(D)
-    assert head.rate == 8 * head.code_size + 5
 
 
 @pytest.mark.parametrize("way", ["without steps", "without queries"])
