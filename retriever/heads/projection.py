@@ -85,7 +85,7 @@ class Projection(PCA):
         """Learn A from the principal components on, and start the inner head from what A makes of the sample."""
         self._config.check_sample(len(sample))
         self._start_components(sample)
-        with torch.enable_grad(), torch.autocast(sample.device.type, enabled=False):
+        with torch.enable_grad(), torch.autocast(self.mean.device.type, enabled=False):
             matrix = self._learn(sample.to(self.mean) - self.mean, queries.to(self.mean) - self.mean, seed)
         self.matrix.copy_(matrix)
         self._start_inner(sample, fit, seed)
@@ -121,7 +121,9 @@ def noise_level(covariance: Float[Tensor, "E E"], bits: float) -> Float[Tensor, 
     is that of the rate's equation (one step of Newton, which leaves the value as it is).
     """
     with torch.no_grad():
-        variances = torch.linalg.eigvalsh(covariance.double()).clamp(min=0)
+        variances = (
+            torch.linalg.eigvalsh(covariance.double()).cpu().clamp(min=1e-30)
+        )  # not waited for in every step
         low = -math.log(float(variances.max())) - 50.0  # of log 1 / level
         high = low + 100.0 + 2 * math.log(2) * bits / len(variances)
         for _ in range(60):
