@@ -169,18 +169,17 @@ class TrainingRun:
 
     def warm_start(self) -> None:
         """Give the head its starting values from the current vectors of a sample of documents, and of queries."""
-        optimization = self.experiment.optimization
-        ids = self._warm_start_ids()
-        generator = torch.Generator().manual_seed(self.experiment.seed)
-        chosen = torch.randperm(len(ids), generator=generator).tolist()[: optimization.warm_start_documents]
-        documents = [self.data.documents[ids[row]] for row in chosen]
+        documents = [self.data.documents[name] for name in self._sample(self._warm_start_ids())]
         if self.corpus is None or self.corpus.vectors is None:
             vectors = self.embed(documents)
         else:
             keys = torch.tensor([document_key(document.id) for document in documents])
             vectors = self.corpus.vectors[self.corpus.rows(keys)]
         head = self.model.head
-        queries = self._embed_queries(self._sample_queries()) if head.config.learns_from_queries else None
+        queries = None
+        if head.config.learns_from_queries:
+            names = sorted({query for query, _ in self.dataset.rows})
+            queries = self._embed_queries([self.data.queries[name] for name in self._sample(names)])
         if self.accelerator.is_main_process:
             if queries is None:
                 head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
@@ -192,15 +191,11 @@ class TrainingRun:
         self.loss.start(vectors, self.experiment.seed)
         self.candidates.start(self.model, self.embed)
 
-    def _sample_queries(self) -> list[Query]:
-        """Return as many queries of training pairs as the warm start has documents, or all."""
-        names = sorted({query for query, _ in self.dataset.rows})
+    def _sample(self, names: Sequence[str]) -> list[str]:
+        """Return as many of the names as the warm start has documents, drawn from the seed, or all."""
         generator = torch.Generator().manual_seed(self.experiment.seed)
         chosen = torch.randperm(len(names), generator=generator).tolist()
-        return [
-            self.data.queries[names[row]]
-            for row in chosen[: self.experiment.optimization.warm_start_documents]
-        ]
+        return [names[row] for row in chosen[: self.experiment.optimization.warm_start_documents]]
 
     def _embed_queries(self, queries: Sequence[Query]) -> Tensor:
         """Return the current vectors of queries, on the device; every process embeds a share."""
