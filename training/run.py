@@ -38,6 +38,7 @@ from retriever import (
 from retriever.data import document_key
 from retriever.disk import document_ids
 from retriever.heads import QuantizerFit
+from retriever.pseudo_queries import crop
 from training.candidates import build_candidates, freeze_towers
 from training.checkpoint import Progress, checkpoint_folder, load_checkpoint, save_checkpoint
 from training.data import MixedPairs, MixedPlan, join_sets, read_sets
@@ -176,20 +177,28 @@ class TrainingRun:
             keys = torch.tensor([document_key(document.id) for document in documents])
             vectors = self.corpus.vectors[self.corpus.rows(keys)]
         head = self.model.head
-        queries = None
-        if head.config.learns_from_queries:
-            names = sorted({query for query, _ in self.dataset.rows})
-            queries = self._embed_queries([self.data.queries[name] for name in self._sample(names)])
+        queries = self._warm_start_queries(documents)
         if self.accelerator.is_main_process:
-            if queries is None:
-                head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
-            else:
+            if queries:
                 head.warm_start_to_rank(vectors, queries, self.quantizer_fit, self.experiment.seed)
+            else:
+                head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
         if self.processes > 1:
             for value in head.state_dict().values():
                 torch.distributed.broadcast(value, 0)
         self.loss.start(vectors, self.experiment.seed)
         self.candidates.start(self.model, self.embed)
+
+    def _warm_start_queries(self, documents: Sequence[Document]) -> list[Tensor]:
+        """Return the current vectors of training queries and of crops of the documents, as the head wants them."""
+        wanted = self.model.head.config
+        kinds: list[Sequence[Query]] = []
+        if wanted.learns_from_queries:
+            names = sorted({query for query, _ in self.dataset.rows})
+            kinds.append([self.data.queries[name] for name in self._sample(names)])
+        if wanted.learns_from_crops:
+            kinds.append(crop(documents, self.experiment.seed))
+        return [self._embed_queries(kind) for kind in kinds if kind]
 
     def _sample(self, names: Sequence[str]) -> list[str]:
         """Return as many of the names as the warm start has documents, drawn from the seed, or all."""

@@ -7,6 +7,7 @@ K = 2**bits values a code, S = E // M sub-dimensions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
@@ -52,6 +53,11 @@ class HeadConfig(ABC):
     name: ClassVar[str] = ""
     maps: ClassVar[bool] = False
     learns_from_queries: ClassVar[bool] = False
+
+    @property
+    def learns_from_crops(self) -> bool:
+        """Whether the warm start wants queries that are crops of documents."""
+        return False
 
     @abstractmethod
     def build(self, dim: int) -> CompressionHead:
@@ -333,9 +339,20 @@ class CompressionHead(nn.Module, ABC):
         """Set starting values from a sample of live vectors."""
 
     def warm_start_to_rank(
-        self, sample: Float[Tensor, "n D"], queries: Float[Tensor, "m D"], fit: QuantizerFit, seed: int
+        self,
+        sample: Float[Tensor, "n D"],
+        queries: Sequence[Float[Tensor, "m D"]],
+        fit: QuantizerFit,
+        seed: int,
     ) -> None:
-        """Set starting values from samples of live vectors of documents and of training queries."""
+        """Set starting values from samples of live vectors of documents and of queries.
+
+        Args:
+            sample: Documents.
+            queries: Of one kind or several (judged, crops), each of which counts as much as another.
+            fit: Fits quantizers.
+            seed: Of what is drawn.
+        """
         self.warm_start(sample, fit, seed)
 
     def manual_parameters(self) -> list[nn.Parameter]:

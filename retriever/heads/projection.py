@@ -2,9 +2,9 @@
 
 Principal components keep the variance of documents, whatever queries ask. Here the map is learned before anything is
 quantized: the code is stood in for by Gaussian noise of its rate (Cover & Thomas, 2006, section 10.3), and the noisy
-documents have to rank for training queries as the documents do (ListNet, Cao et al., 2007). Variance is then where
-queries tell documents apart. That quantization noise may take the quantizer's place while a transform is learned:
-Balle et al., 2017, section 3.
+documents have to rank for queries as the documents do (ListNet, Cao et al., 2007). Variance is then where queries
+tell documents apart. Queries are those of training and crops of documents, half of each. That quantization noise may
+take the quantizer's place while a transform is learned: Balle et al., 2017, section 3.
 
 Shapes: N documents, B queries, D dimensions, E dimensions of the map's output.
 """
@@ -12,6 +12,7 @@ Shapes: N documents, B queries, D dimensions, E dimensions of the map's output.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -41,6 +42,7 @@ class ProjectionConfig(PCAConfig):
             start's sample; 0 leaves the principal components.
         fit_lr: Learning rate of Adam, which falls linearly to 0; the map's rows begin with length 1.
         fit_temperature: Of the ranking that is taught, as `DistillationConfig.temperature`.
+        fit_crops: Learn from crops of documents, too: half of the queries of a step.
     """
 
     name: ClassVar[str] = "projection"
@@ -49,6 +51,12 @@ class ProjectionConfig(PCAConfig):
     fit_steps: int = 800
     fit_lr: float = 5e-4
     fit_temperature: float = 0.02
+    fit_crops: bool = True
+
+    @property
+    def learns_from_crops(self) -> bool:
+        """Whether the warm start wants crops of documents."""
+        return self.fit_crops
 
     def __post_init__(self) -> None:
         if self.fit_steps < 0:
@@ -80,18 +88,23 @@ class Projection(PCA):
 
     @torch.no_grad()
     def warm_start_to_rank(
-        self, sample: Float[Tensor, "n D"], queries: Float[Tensor, "m D"], fit: QuantizerFit, seed: int
+        self,
+        sample: Float[Tensor, "n D"],
+        queries: Sequence[Float[Tensor, "m D"]],
+        fit: QuantizerFit,
+        seed: int,
     ) -> None:
         """Learn A from the principal components on, and start the inner head from what A makes of the sample."""
         self._config.check_sample(len(sample))
         self._start_components(sample)
         with torch.enable_grad(), torch.autocast(self.mean.device.type, enabled=False):
-            matrix = self._learn(sample.to(self.mean) - self.mean, queries.to(self.mean) - self.mean, seed)
+            kinds = [kind.to(self.mean) - self.mean for kind in queries if len(kind)]
+            matrix = self._learn(sample.to(self.mean) - self.mean, kinds, seed) if kinds else self.matrix
         self.matrix.copy_(matrix)
         self._start_inner(sample, fit, seed)
 
     def _learn(
-        self, x: Float[Tensor, "n D"], queries: Float[Tensor, "m D"], seed: int
+        self, x: Float[Tensor, "n D"], kinds: Sequence[Float[Tensor, "m D"]], seed: int
     ) -> Float[Tensor, "E D"]:
         """Minimize the cross-entropy between the rankings of documents and of noisy mapped documents."""
         config, generator = self._config, torch.Generator(x.device).manual_seed(seed)
@@ -100,7 +113,8 @@ class Projection(PCA):
         optimizer = torch.optim.Adam([matrix], lr=config.fit_lr)
         for step in range(config.fit_steps):
             optimizer.param_groups[0]["lr"] = config.fit_lr * (1 - step / config.fit_steps)
-            q = queries[_draw(len(queries), QUERIES_AT_ONCE, generator)]
+            each = QUERIES_AT_ONCE // len(kinds)
+            q = torch.cat([kind[_draw(len(kind), each, generator)] for kind in kinds])
             documents = x[_draw(len(x), DOCUMENTS_AT_ONCE, generator)] if len(x) > DOCUMENTS_AT_ONCE else x
             target = (_closeness(q, documents) / config.fit_temperature).softmax(1)
             y = documents @ matrix.T

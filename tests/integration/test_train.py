@@ -494,10 +494,10 @@ def test_max_pairs_limits_the_pairs(tiny_model: Path, tiny_data: Path, tmp_path:
 def test_a_head_that_learns_from_queries_is_given_those_of_the_training_pairs(
     tiny_model: Path, tiny_data: Path, tmp_path: Path, documents: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never one of another split; not more than the warm start has documents."""
-    seen: list[torch.Tensor] = []
+    """Never one of another split; not more than the warm start has documents. Crops are of its documents."""
+    seen: list[list[torch.Tensor]] = []
 
-    def record(head: Projection, sample: torch.Tensor, queries: torch.Tensor, *rest: Any) -> None:
+    def record(head: Projection, sample: torch.Tensor, queries: list[torch.Tensor], *rest: Any) -> None:
         seen.append(queries)
         head.warm_start(sample, *rest)
 
@@ -514,8 +514,26 @@ def test_a_head_that_learns_from_queries_is_given_those_of_the_training_pairs(
     data = read_data(tiny_data, split="train")
     allowed = embed_queries(towers, [data.queries[name] for name in data.qrels])
     Trainer(experiment, progress=False).fit()
-    (queries,) = seen
+    ((queries, crops),) = seen
     near = torch.cdist(queries.float(), allowed).min(1)
     assert len(queries) == min(documents, 56)
     assert near.values.max() < 1e-3
     assert len(near.indices.unique()) == len(queries)
+    texts = [document.text.split() for document in data.documents.values()]
+    runs = {" ".join(words[a : a + n]) for words in texts for n in range(4, 13) for a in range(len(words))}
+    of_documents = embed_queries(towers, sorted(runs))
+    assert len(crops) == 8 * documents
+    assert torch.cdist(crops.float(), of_documents).min(1).values.max() < 1e-3
+
+
+def test_a_head_that_wants_no_crops_is_given_none(
+    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.run.crop", None)
+    head = ProjectionConfig(
+        components=8, inner=ProductQuantizerConfig(num_codebooks=4, codebook_bits=4), fit_crops=False
+    )
+    experiment = make_experiment(
+        tiny_model, tiny_data, tmp_path / "run", head=head, optimization={"steps": 1, "dense_warmup": 0.0}
+    )
+    assert Trainer(experiment, progress=False).fit().steps == 1

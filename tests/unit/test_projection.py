@@ -23,7 +23,7 @@ from retriever.heads import (
     Projection,
     ProjectionConfig,
 )
-from retriever.heads.projection import _through_channel, noise_level
+from retriever.heads.projection import _closeness, _through_channel, noise_level
 
 D, E = 24, 8
 QUANTIZER = ProductQuantizerConfig(num_codebooks=2, codebook_bits=4)
@@ -46,10 +46,22 @@ def corpus(seed: int) -> tuple[Tensor, Tensor]:
     return normalize(documents, dim=1), normalize(queries, dim=1)
 
 
+class Recorder:
+    """Stands for `_closeness` and keeps the queries that it is given."""
+
+    def __init__(self) -> None:
+        self.queries: list[Tensor] = []
+
+    def __call__(self, q: Tensor, x: Tensor) -> Tensor:
+        self.queries.append(q.detach().clone())
+        return _closeness(q, x)
+
+
 def started(seed: int, **options: Any) -> Projection:
     settings = {"components": E, "inner": QUANTIZER, "fit_steps": 200, "fit_lr": 5e-3, **options}
     head = ProjectionConfig(**settings).build(D)
-    head.warm_start_to_rank(*corpus(seed), FaissFit(), seed)
+    documents, queries = corpus(seed)
+    head.warm_start_to_rank(documents, [queries], FaissFit(), seed)
     return head.eval()
 
 
@@ -109,15 +121,31 @@ def test_the_map_keeps_what_queries_ask_for(seed: int) -> None:
     assert overlap["learned"] > overlap["components"] + 0.1
 
 
-@pytest.mark.parametrize("way", ["without steps", "without queries"])
+def test_every_kind_of_queries_counts_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten queries of one kind are drawn as often as a thousand of another."""
+    monkeypatch.setattr("retriever.heads.projection._closeness", record := Recorder())
+    documents, queries = corpus(0)
+    few, many = queries[:10], rand(1000, D, seed=9)
+    head = ProjectionConfig(components=E, inner=QUANTIZER, fit_steps=3).build(D)
+    head.warm_start_to_rank(documents, [few, many], FaissFit(), 0)
+    for drawn in record.queries[::2]:  # before the map, and behind it
+        own = torch.cdist(drawn, few - head.mean).min(1).values < 1e-2
+        assert own.tolist() == [True] * 64 + [False] * 64
+
+
+@pytest.mark.parametrize("way", ["without steps", "without queries", "with no kind", "with an empty kind"])
 def test_what_is_not_learned_are_the_principal_components(way: str) -> None:
     documents, _ = corpus(0)
     expected = PCAConfig(components=E, inner=QUANTIZER).build(D)
     expected.warm_start(documents, FaissFit(), 0)
     head = started(0, fit_steps=0)
-    if way == "without queries":
+    if way != "without steps":
         head = ProjectionConfig(components=E, inner=QUANTIZER).build(D)
-        head.warm_start(documents, FaissFit(), 0)
+        if way == "without queries":
+            head.warm_start(documents, FaissFit(), 0)
+        else:
+            kinds = [torch.zeros(0, D)] if way == "with an empty kind" else []
+            head.warm_start_to_rank(documents, kinds, FaissFit(), 0)
     for name, value in expected.state_dict().items():
         assert torch.equal(head.state_dict()[name], value)
 
@@ -141,7 +169,7 @@ def test_a_corpus_of_fewer_directions_than_components_and_many_bits_gives_a_fini
     documents[:, :3] = normalize(rand(300, 3, seed=0), dim=1)
     inner = ProductQuantizerConfig(num_codebooks=8, codebook_bits=8, rotation="none")
     head = ProjectionConfig(components=E, inner=inner, fit_steps=20).build(D)
-    head.warm_start_to_rank(documents, documents[:50], FaissFit(), 0)
+    head.warm_start_to_rank(documents, [documents[:50]], FaissFit(), 0)
     assert head.matrix.isfinite().all()
 
 
@@ -151,7 +179,8 @@ def test_a_seed_gives_one_map() -> None:
     torch.manual_seed(2)
     assert torch.equal(started(3).matrix, first)
     other = ProjectionConfig(components=E, inner=QUANTIZER, fit_steps=200, fit_lr=5e-3).build(D)
-    other.warm_start_to_rank(*corpus(3), FaissFit(), 4)
+    documents, queries = corpus(3)
+    other.warm_start_to_rank(documents, [queries], FaissFit(), 4)
     assert not torch.equal(other.matrix, first)
 
 

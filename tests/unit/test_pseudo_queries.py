@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 
 from retriever import Document, DualEncoderConfig, InputError
 from retriever.heads import ProductQuantizerConfig
-from retriever.pseudo_queries import pseudo_queries
+from retriever.pseudo_queries import crop, pseudo_queries
 from training import Experiment, Trainer
 from training.data import read_pseudo
 from training.experiment import DataConfig, LiveNegativesConfig, OptimizationConfig
@@ -59,6 +59,43 @@ def test_the_second_document_of_a_query_and_one_without_text_get_none() -> None:
 
 def test_a_query_has_at_most_32_words() -> None:
     assert made(("", "w " * 50)) == {"d0": " ".join(["w"] * 32)}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_crop_is_some_words_of_the_text_that_follow_each_other(seed: int) -> None:
+    words = [f"w{n}" for n in range(40)]
+    documents = [Document("d", "title", " ".join(words))] * 50
+    crops = crop(documents, seed)
+    starts, lengths = [], []
+    for found in crops:
+        start = words.index(found.split()[0])
+        starts.append(start)
+        lengths.append(len(found.split()))
+        assert found.split() == words[start : start + lengths[-1]]
+    assert len(crops) == 8 * 50
+    assert set(lengths) == set(range(4, 13))
+    assert min(starts) == 0
+    assert max(start + length for start, length in zip(starts, lengths, strict=True)) == 40
+    assert crops == crop(documents, seed)
+    assert crops != crop(documents, seed + 1)
+
+
+@pytest.mark.parametrize(("documents", "expected"), [(3, 12), (7, 14), (11, 11), (50, 16)])
+def test_many_documents_give_fewer_crops_each(
+    documents: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retriever.pseudo_queries.CROPS", 16)
+    monkeypatch.setattr("retriever.pseudo_queries.CROPS_OF_A_TEXT", 4)
+    assert len(crop([Document("d", "", "some words that are a text")] * documents, 0)) == expected
+
+
+def test_crops_of_a_short_text_of_one_without_spaces_and_of_none() -> None:
+    unbroken = "向量檢索把文字變成數字並且在其中尋找最近的鄰居"
+    texts = ("two\nwords", unbroken, " ")
+    crops = crop([Document(str(n), "title", text) for n, text in enumerate(texts)], 0)
+    assert crops[:8] == ["two words"] * 8
+    assert len(crops) == 16
+    assert all(part in unbroken and 4 <= len(part) <= 12 for part in crops[8:])
 
 
 def test_a_corpus_of_nothing_is_refused() -> None:
