@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from retriever import DualEncoder, DualEncoderConfig
@@ -16,15 +18,21 @@ from retriever.heads import ProductQuantizerConfig
 WORDS = [f"w{i}" for i in range(120)]
 
 
-@pytest.fixture(scope="module")
-def one_faiss_thread() -> Iterator[None]:
-    """Beside busy neighbours, OpenMP threads that wait for each other make tiny k-means 1000 times slower."""
-    import faiss
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Waiting OpenMP threads of two libraries slow each other down a hundredfold on a busy machine."""
+    torch.set_num_threads(1)
+    with suppress(ImportError):  # a machine with a card may have no FAISS
+        import faiss
 
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
+        faiss.omp_set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator() -> Iterator[None]:
+    """A test's run leaves no devices and no precision to the next test."""
     yield
-    faiss.omp_set_num_threads(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

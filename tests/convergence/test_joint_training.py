@@ -7,12 +7,10 @@ one trains, the other is ranked. Seconds a run; the claims hold for every seed w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from index import FaissFit
@@ -27,18 +25,6 @@ NUM_WORDS, NUM_DOCUMENTS, DIM = 300, 400, 32
 SIZE = {"num_codebooks": 4, "codebook_bits": 4}  # 2 bytes a document instead of 128
 MOPQ = ProductQuantizerConfig(**SIZE, metric="l2", estimator="softmax", selection_temperature=0.05)
 MEASURE = "compressed/ndcg@10"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    """Waiting OpenMP threads of two libraries slow each other down a hundredfold on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_data(folder: Path, seed: int) -> None:

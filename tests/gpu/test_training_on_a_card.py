@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,6 @@ LOSSES: dict[str, LossConfig] = {
     "lambda_rank": LambdaRankConfig(),
 }
 STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_experiment(model: Path, source: Path, output: Path, /, **parts: Any) -> Experiment:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from index import FaissFit, IndexConfig, Searcher, export_index, merge_indexes
 from index.decoded import write_npy
@@ -52,16 +49,6 @@ HEADS = {
     "codes": CNTConfig(**SIZE, start="sparse", inner=PQ),
 }
 QUERIES = ["w1 w2 w3", "w4", "w9 w8 w7"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    torch.set_num_threads(1)
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

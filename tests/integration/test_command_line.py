@@ -6,7 +6,7 @@ import gzip
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import pytest
 import pytrec_eval
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 
 import launch.data
 from index import Searcher
@@ -25,18 +24,6 @@ from launch.pycode import build_pycode
 from retriever import read_qrels, read_queries
 from retriever.heads import ProductQuantizerConfig
 from training import load_experiment
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    """Waiting OpenMP threads of two libraries slow each other down a hundredfold on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def call(*words: object) -> int:

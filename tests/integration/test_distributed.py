@@ -213,11 +213,6 @@ def worker(rank: int, processes: int, folder: Path, seed: int) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 def environment() -> dict[str, str]:
     return {
         **os.environ,

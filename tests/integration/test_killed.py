@@ -23,7 +23,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from index import FaissFit
 from index._faiss import load_faiss
@@ -115,17 +114,6 @@ def wait(child: int, output: Path, step: int, seconds: float) -> None:
     until = time.clock_gettime(clock) + seconds
     while time.clock_gettime(clock) < until and running():
         pass
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_experiment(model: Path, data: Path, output: Path, **optimization: Any) -> Experiment:

@@ -34,9 +34,6 @@ every_head = pytest.mark.parametrize("name", HEADS)
 CONFIG = IndexConfig(kind="cascade", shortlist=60, rerank=50, pairs=3)
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 @pytest.fixture(scope="module")
 def documents(tiny_data: Path) -> list[Document]:
     return list(read_corpus(tiny_data))

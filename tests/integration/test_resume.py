@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 
 from retriever import DualEncoderConfig, InputError
 from retriever.heads import ProductQuantizerConfig
@@ -48,18 +46,6 @@ KILLED = textwrap.dedent("""
     training.trainer.RunLog.log = log_or_die
     main(["train", sys.argv[1], "--json"])
 """)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    """Waiting OpenMP threads of two libraries slow each other down a hundredfold on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

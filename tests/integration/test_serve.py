@@ -33,11 +33,6 @@ ROOT = Path(__file__).parents[2]
 WAIT = 20.0  # seconds after which a test has failed
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def work(tiny_model: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the indexes pq (documents d0 to d79), other (documents e0 to e39), lists, flat; and damaged."""

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from transformers import AutoModel
 
 from retriever import (
@@ -52,18 +51,6 @@ from training.negatives import BatchPlan, PairDataset
 from training.optimizer import parameter_groups
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    """Waiting OpenMP threads of two libraries slow each other down a hundredfold on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make_experiment(model: Path, source: Path, output: Path, **parts: Any) -> Experiment:

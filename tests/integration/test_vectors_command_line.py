@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,6 @@ from training import load_experiment
 from training.trainer import Trainer
 
 DIM = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    """Waiting OpenMP threads of two libraries slow each other down a hundredfold on a busy machine."""
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def call(*words: object) -> int:

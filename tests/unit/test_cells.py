@@ -25,9 +25,6 @@ SEEDS = (0, 1, 2)
 HEADS = {"ivfpq": IVFProductQuantizerConfig, "ivfrq": IVFResidualQuantizerConfig}
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 def rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

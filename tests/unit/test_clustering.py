@@ -17,9 +17,6 @@ D, M, BITS = 16, 4, 4
 SEEDS = (0, 1, 2)
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 def make_sample(seed: int, rows: int = 800) -> Tensor:
     """Return vectors whose dimensions have unequal spread and depend on each other."""
     generator = torch.Generator().manual_seed(seed)

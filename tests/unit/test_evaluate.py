@@ -37,12 +37,6 @@ from training.evaluate import (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    """Waiting OpenMP threads of two libraries slow each other down a hundredfold on a busy machine."""
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def fresh() -> random.Random:
     """Fresh random numbers; pytest shows the seed of a test that fails."""

@@ -64,9 +64,6 @@ INNER_PRODUCT_ONLY = ("rq_fastscan", "ivfrq_fastscan")
 REFUSED = [(kind, "l2") for kind in INNER_PRODUCT_ONLY]
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 @dataclass(frozen=True)
 class Case:
     """What a form is given, and what comes out of float64: decoded vectors (n, D), model scores (q, n)."""

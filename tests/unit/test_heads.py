@@ -181,9 +181,6 @@ every_head = pytest.mark.parametrize(
 )
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 def rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -47,9 +47,6 @@ VARIANTS = [
 every_variant = pytest.mark.parametrize(("metric", "rotation"), [*VARIANTS, ("inner_product", "free")])
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 def rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

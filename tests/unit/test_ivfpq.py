@@ -30,9 +30,6 @@ LEARNED = ("givens_greedy", "cayley", "free")
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 def rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import faiss
 import numpy as np
 import pytest
 import torch
@@ -32,12 +31,6 @@ from retriever.heads import ProductQuantizerConfig
 from training.mining import MinedNegatives, Miner, MiningConfig
 
 COPIES = {"d0": "e0", "d3": "e3", "d9": "e9"}  # documents and their copies under other ids
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

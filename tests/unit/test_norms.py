@@ -31,9 +31,6 @@ CONFIGS = {
 }
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 def vectors(seed: int, rows: int = N) -> torch.Tensor:
     """Return unit vectors whose dimensions have unequal spread."""
     generator = torch.Generator().manual_seed(seed)

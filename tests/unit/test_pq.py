@@ -30,9 +30,6 @@ SEEDS = (0, 1, 2)
 FIT = FaissFit(opq_iterations=2, kmeans_iterations=2)
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 def rand(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState
 
 from retriever import Document, DualEncoderConfig, InputError
 from retriever.heads import ProductQuantizerConfig
@@ -114,13 +112,6 @@ def test_several_sets_are_refused() -> None:
         DataConfig(source="a", mixed_with=[DataConfig(source="b").sets[0]], labels="pseudo")
 
 
-@pytest.fixture
-def _fresh_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.mark.usefixtures("_fresh_accelerator")
 @pytest.mark.parametrize("texts", ["memory", "disk"])
 def test_a_run_needs_nothing_but_the_corpus(
     texts: Literal["memory", "disk"], tiny_model: Path, tiny_data: Path, tmp_path: Path

@@ -32,9 +32,6 @@ SEEDS = (0, 1, 2)
 SIZE: dict[str, Any] = {"num_codebooks": M, "codebook_bits": BITS}
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 def make_vectors(seed: int, rows: int = N) -> Tensor:
     """Return vectors whose dimensions have unequal spread."""
     generator = torch.Generator().manual_seed(seed)

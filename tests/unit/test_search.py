@@ -67,9 +67,6 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-pytestmark = pytest.mark.usefixtures("one_faiss_thread")
-
-
 @pytest.fixture(scope="module")
 def documents(tiny_data: Path) -> list[Document]:
     return list(read_corpus(tiny_data))
