@@ -59,7 +59,7 @@ from training import Experiment, load_experiment, measure
 
 ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "zero-shot"
 BOUND = "Gaussian bound"
-RECIPES = (Path("configs/default.yaml"), Path("configs/ivfpq_pca.yaml"))
+RECIPES = (Path("configs/default.yaml"), Path("configs/ivfpq.yaml"))
 COMPONENTS = {8: 64, 16: 96, 32: 192}  # kept of a vector by bytes, as docs/results.md recommends
 COMPONENTS_ADDITIVE = {8: 96, 16: 128, 32: 256}
 MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
