@@ -190,13 +190,13 @@ class TrainingRun:
         self.candidates.start(self.model, self.embed)
 
     def _warm_start_queries(self, documents: Sequence[Document]) -> list[Tensor]:
-        """Return the current vectors of training queries and of crops of the documents, as the head wants them."""
+        """Return the current vectors of training queries, and of crops of the documents where the head wants them."""
         wanted = self.model.head.config
-        kinds: list[Sequence[Query]] = []
-        if wanted.learns_from_queries:
-            names = sorted({query for query, _ in self.dataset.rows})
-            kinds.append([self.data.queries[name] for name in self._sample(names)])
-        if wanted.learns_from_crops:
+        if not wanted.learns_from_queries:
+            return []
+        names = sorted({query for query, _ in self.dataset.rows})
+        kinds: list[Sequence[Query]] = [[self.data.queries[name] for name in self._sample(names)]]
+        if wanted.wants_crops(0 if self.experiment.data.labels == "pseudo" else len(names)):
             kinds.append(crop(documents, self.experiment.seed))
         return [self._embed_queries(kind) for kind in kinds if kind]
 

@@ -54,9 +54,8 @@ class HeadConfig(ABC):
     maps: ClassVar[bool] = False
     learns_from_queries: ClassVar[bool] = False
 
-    @property
-    def learns_from_crops(self) -> bool:
-        """Whether the warm start wants queries that are crops of documents."""
+    def wants_crops(self, queries: int) -> bool:
+        """Return whether the warm start wants crops of documents beside so many training queries."""
         return False
 
     @abstractmethod

@@ -3,8 +3,8 @@
 Principal components keep the variance of documents, whatever queries ask. Here the map is learned before anything is
 quantized: the code is stood in for by Gaussian noise of its rate (Cover & Thomas, 2006, section 10.3), and the noisy
 documents have to rank for queries as the documents do (ListNet, Cao et al., 2007). Variance is then where queries
-tell documents apart. Queries are those of training and crops of documents, half of each. That quantization noise may
-take the quantizer's place while a transform is learned: Balle et al., 2017, section 3.
+tell documents apart. Queries are those of training; where they are few, half are crops of documents. That quantization
+noise may take the quantizer's place while a transform is learned: Balle et al., 2017, section 3.
 
 Shapes: N documents, B queries, D dimensions, E dimensions of the map's output.
 """
@@ -42,7 +42,7 @@ class ProjectionConfig(PCAConfig):
             start's sample; 0 leaves the principal components.
         fit_lr: Learning rate of Adam, which falls linearly to 0; the map's rows begin with length 1.
         fit_temperature: Of the ranking that is taught, as `DistillationConfig.temperature`.
-        fit_crops: Learn from crops of documents, too: half of the queries of a step.
+        fit_crops_below: With fewer training queries, half of those of a step are crops of documents; 0: never.
     """
 
     name: ClassVar[str] = "projection"
@@ -51,20 +51,20 @@ class ProjectionConfig(PCAConfig):
     fit_steps: int = 800
     fit_lr: float = 5e-4
     fit_temperature: float = 0.02
-    fit_crops: bool = True
-
-    @property
-    def learns_from_crops(self) -> bool:
-        """Whether the warm start wants crops of documents."""
-        return self.fit_crops
+    fit_crops_below: int = 2000
 
     def __post_init__(self) -> None:
-        if self.fit_steps < 0:
-            raise InputError(f"fit_steps must be at least 0, got {self.fit_steps}.")
+        for name in ("fit_steps", "fit_crops_below"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}.")
         for name in ("fit_lr", "fit_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}.")
         super().__post_init__()
+
+    def wants_crops(self, queries: int) -> bool:
+        """Return whether so many training queries are fewer than `fit_crops_below`."""
+        return queries < self.fit_crops_below
 
     def build(self, dim: int) -> Projection:
         """Return the head for vectors of `dim` dimensions."""

@@ -513,14 +513,41 @@ def test_a_head_that_learns_from_queries_is_given_those_of_the_training_pairs(
     assert torch.cdist(crops.float(), of_documents).min(1).values.max() < 1e-3
 
 
-def test_a_head_that_wants_no_crops_is_given_none(
-    tiny_model: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("below", "labels", "wanted"),
+    [
+        (57, "judged", True),
+        (56, "judged", False),
+        (57, "teacher", True),
+        (1, "pseudo", True),
+        (0, "pseudo", False),
+    ],
+)
+def test_crops_are_made_where_training_queries_are_few(
+    tiny_model: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    below: int,
+    labels: str,
+    wanted: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("training.run.crop", None)
-    head = ProjectionConfig(
-        components=8, inner=ProductQuantizerConfig(num_codebooks=4, codebook_bits=4), fit_crops=False
-    )
+    """56 queries are judged; those made of titles do not count."""
+    kinds: list[int] = []
+
+    def record(head: Projection, sample: torch.Tensor, queries: list[torch.Tensor], *rest: Any) -> None:
+        kinds.append(len(queries))
+        head.warm_start(sample, *rest)
+
+    monkeypatch.setattr(Projection, "warm_start_to_rank", record)
+    quantizer = ProductQuantizerConfig(num_codebooks=4, codebook_bits=4)
     experiment = make_experiment(
-        tiny_model, tiny_data, tmp_path / "run", head=head, optimization={"steps": 1, "dense_warmup": 0.0}
+        tiny_model,
+        tiny_data,
+        tmp_path / "run",
+        head=ProjectionConfig(components=8, inner=quantizer, fit_crops_below=below),
+        data={"labels": labels},
+        optimization={"steps": 1, "dense_warmup": 0.0},
     )
-    assert Trainer(experiment, progress=False).fit().steps == 1
+    Trainer(experiment, progress=False).fit()
+    assert kinds == [2 if wanted else 1]

@@ -204,6 +204,7 @@ def test_gradient_reaches_towers_and_codewords_and_not_the_map() -> None:
     ("options", "message"),
     [
         ({"fit_steps": -1}, "fit_steps must be at least 0, got -1."),
+        ({"fit_crops_below": -1}, "fit_crops_below must be at least 0, got -1."),
         ({"fit_lr": 0.0}, "fit_lr must be above 0 and finite, got 0.0."),
         ({"fit_temperature": math.inf}, "fit_temperature must be above 0 and finite, got inf."),
         ({"components": D + 1}, f"components must be at most the dimension {D}, got {D + 1}."),
