@@ -51,7 +51,7 @@ class ProjectionConfig(PCAConfig):
     fit_steps: int = 800
     fit_lr: float = 5e-4
     fit_temperature: float = 0.02
-    fit_crops_below: int = 2000
+    fit_crops_below: int = 4000
 
     def __post_init__(self) -> None:
         for name in ("fit_steps", "fit_crops_below"):
