@@ -1,23 +1,25 @@
 """Compression heads: one method, one file. A new head is one file and one line of `HEADS`."""
 
 from retriever.heads.base import (
-    AdditiveCodebooks,
-    CoarseAdditiveCodebooks,
-    CoarseFlatVectors,
-    CoarseProductCodebooks,
     CompressionHead,
-    FaissExport,
-    FlatVectors,
     HeadConfig,
     HeadOutput,
-    NeuralCodec,
-    ProductCodebooks,
     QuantizerFit,
     pack_codes,
     pack_list_numbers,
     unpack_codes,
 )
 from retriever.heads.cnt import CNT, CNTConfig
+from retriever.heads.exports import (
+    AdditiveCodebooks,
+    CoarseAdditiveCodebooks,
+    CoarseFlatVectors,
+    CoarseProductCodebooks,
+    FaissExport,
+    FlatVectors,
+    NeuralCodec,
+    ProductCodebooks,
+)
 from retriever.heads.ivfflat import IVFFlat, IVFFlatConfig
 from retriever.heads.ivfpq import IVFProductQuantizer, IVFProductQuantizerConfig
 from retriever.heads.ivfrq import IVFResidualQuantizer, IVFResidualQuantizerConfig

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from retriever.heads.base import CoarseFlatVectors, HeadConfig, HeadOutput, QuantizerFit
+from retriever.heads.base import HeadConfig, HeadOutput, QuantizerFit
 from retriever.heads.checks import check_choices, check_not_negative
 from retriever.heads.codebooks import AssignmentName, Codebooks
+from retriever.heads.exports import CoarseFlatVectors
 from retriever.heads.listed import InvertedListHead
 from retriever.heads.lists import check_list_sample, check_lists
 from retriever.scores import Metric

@@ -16,13 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from retriever.errors import InputError
-from retriever.heads.base import (
-    CoarseProductCodebooks,
-    HeadOutput,
-    QuantizerFit,
-)
+from retriever.heads.base import HeadOutput, QuantizerFit
 from retriever.heads.cells import Cells, build_coarse
 from retriever.heads.codebooks import AssignmentName, Codebooks
+from retriever.heads.exports import CoarseProductCodebooks
 from retriever.heads.listed import InvertedListHead
 from retriever.heads.lists import ListStructure, check_list_sample, check_lists
 from retriever.heads.pq import ProductQuantizerConfig, auxiliary_losses

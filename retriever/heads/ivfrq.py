@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from retriever.errors import InputError
-from retriever.heads.base import (
-    CoarseAdditiveCodebooks,
-    HeadOutput,
-    QuantizerFit,
-)
+from retriever.heads.base import HeadOutput, QuantizerFit
 from retriever.heads.cells import Cells, build_coarse
 from retriever.heads.codebooks import ROWS_AT_ONCE, AssignmentName, Codebooks
+from retriever.heads.exports import CoarseAdditiveCodebooks
 from retriever.heads.listed import InvertedListHead
 from retriever.heads.lists import ListStructure, check_list_sample, check_lists
 from retriever.heads.pieces import at_once

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from retriever.errors import InputError
-from retriever.heads.base import CompressionHead, FaissExport, HeadConfig, HeadOutput
+from retriever.heads.base import CompressionHead, HeadConfig, HeadOutput
+from retriever.heads.exports import FaissExport
 from retriever.heads.none import NoCompressionConfig
 
 if TYPE_CHECKING:

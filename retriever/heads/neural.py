@@ -24,7 +24,6 @@ from retriever.heads.base import (
     CompressionHead,
     HeadConfig,
     HeadOutput,
-    NeuralCodec,
     QuantizerFit,
     list_number_size,
     pack_codes,
@@ -32,6 +31,7 @@ from retriever.heads.base import (
 )
 from retriever.heads.checks import check_choices, check_not_negative, check_sample_size, check_size
 from retriever.heads.codebooks import Codebooks
+from retriever.heads.exports import NeuralCodec
 from retriever.heads.lists import check_list_sample, pack_listed, unpack_listed
 from retriever.heads.residual import beam_search
 from retriever.heads.step_network import StepNetwork

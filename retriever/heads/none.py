@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from retriever.heads.base import CompressionHead, FlatVectors, HeadConfig, HeadOutput, QuantizerFit
+from retriever.heads.base import CompressionHead, HeadConfig, HeadOutput, QuantizerFit
+from retriever.heads.exports import FlatVectors
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

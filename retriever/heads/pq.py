@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from retriever.distributed import world_size
 from retriever.errors import InputError
-from retriever.heads.base import CompressionHead, HeadConfig, HeadOutput, ProductCodebooks, QuantizerFit
+from retriever.heads.base import CompressionHead, HeadConfig, HeadOutput, QuantizerFit
 from retriever.heads.checks import check_choices, check_not_negative, check_sample_size, check_size
 from retriever.heads.codebooks import AssignmentName, Balance, Codebooks
 from retriever.heads.estimators import EstimatorName
+from retriever.heads.exports import ProductCodebooks
 from retriever.heads.selection import SelectionName
 from retriever.scores import Metric
 from retriever.transforms import ROTATIONS, RotationName

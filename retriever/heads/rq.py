@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from retriever.errors import InputError
-from retriever.heads.base import AdditiveCodebooks, CompressionHead, HeadConfig, HeadOutput, QuantizerFit
+from retriever.heads.base import CompressionHead, HeadConfig, HeadOutput, QuantizerFit
 from retriever.heads.checks import check_choices, check_not_negative, check_sample_size, check_size
 from retriever.heads.codebooks import Codebooks
 from retriever.heads.estimators import Estimate, EstimatorName
+from retriever.heads.exports import AdditiveCodebooks
 from retriever.heads.residual import beam_search, residuals
 from retriever.scores import Metric
 

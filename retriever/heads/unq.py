@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from retriever.errors import InputError
-from retriever.heads.base import CompressionHead, HeadConfig, HeadOutput, NeuralCodec, QuantizerFit
+from retriever.heads.base import CompressionHead, HeadConfig, HeadOutput, QuantizerFit
 from retriever.heads.checks import check_choices, check_not_negative, check_sample_size, check_size
 from retriever.heads.codebooks import Codebooks
+from retriever.heads.exports import NeuralCodec
 from retriever.scores import Metric
 from retriever.transforms.batch_norm import BatchNorm, alone, calibrate, inference, perceptron
 
