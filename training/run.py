@@ -179,10 +179,7 @@ class TrainingRun:
         head = self.model.head
         queries = self._warm_start_queries(documents)
         if self.accelerator.is_main_process:
-            if queries:
-                head.warm_start_to_rank(vectors, queries, self.quantizer_fit, self.experiment.seed)
-            else:
-                head.warm_start(vectors, self.quantizer_fit, self.experiment.seed)
+            head.warm_start_to_rank(vectors, queries, self.quantizer_fit, self.experiment.seed)
         if self.processes > 1:
             for value in head.state_dict().values():
                 torch.distributed.broadcast(value, 0)
