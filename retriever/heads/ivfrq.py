@@ -21,7 +21,7 @@ from retriever.heads.exports import CoarseAdditiveCodebooks
 from retriever.heads.listed import InvertedListHead
 from retriever.heads.lists import ListStructure, check_list_sample, check_lists
 from retriever.heads.pieces import at_once
-from retriever.heads.residual import beam_search_from, residuals, squared_distances
+from retriever.heads.residual import Asked, beam_search_from, residuals, squared_distances
 from retriever.heads.rq import ResidualQuantizerConfig, estimate_steps, step_losses
 
 if TYPE_CHECKING:
@@ -146,11 +146,11 @@ class IVFResidualQuantizer(InvertedListHead):
         )
 
     @torch.no_grad()
-    def encode(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N 1+M"]:
+    def encode(self, x: Float[Tensor, "N D"], asked: Asked | None = None) -> Int[Tensor, "N 1+M"]:
         """Return list numbers and the codes that the beam search finds for the residuals."""
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            return self._search(x, self._nearest_lists(x))
+            return self._search(x, self._nearest_lists(x), asked)
 
     def decode(self, codes: Int[Tensor, "N 1+M"]) -> Float[Tensor, "N D"]:
         """Return centroid plus codewords."""
@@ -212,14 +212,18 @@ class IVFResidualQuantizer(InvertedListHead):
         return torch.cat([part.topk(count, largest=False).indices for part in distances])
 
     @torch.no_grad()
-    def _search(self, x: Float[Tensor, "N D"], lists: Int[Tensor, "N L"]) -> Int[Tensor, "N 1+M"]:
+    def _search(
+        self, x: Float[Tensor, "N D"], lists: Int[Tensor, "N L"], asked: Asked | None = None
+    ) -> Int[Tensor, "N 1+M"]:
         """Return the list, of those given, and the codes of the residual to its current centroid."""
         beam = self._config.beam_size(self.training)
 
-        def search(x: Tensor, lists: Tensor) -> Tensor:
+        def search(x: Tensor, lists: Tensor, asked: Asked | None) -> Tensor:
             starts = x[:, None] - self.coarse.select(lists.reshape(-1, 1)).view(*lists.shape, -1)
-            found = beam_search_from(starts, self.codebooks, beam)
+            found = beam_search_from(starts, self.codebooks, beam, asked)
             return torch.cat([lists.gather(1, found[:, :1]), found[:, 1:]], 1)
 
         rows = at_once(ROWS_AT_ONCE, x.device)
-        return torch.cat(list(map(search, x.split(rows), lists.split(rows))))
+        parts = x.split(rows)
+        wants = asked.split(rows) if asked else [None] * len(parts)
+        return torch.cat(list(map(search, parts, lists.split(rows), wants)))

@@ -21,10 +21,13 @@ from torch import Tensor
 
 from retriever.errors import InputError
 from retriever.heads.base import QuantizerFit
+from retriever.heads.ivfrq import IVFResidualQuantizer
 from retriever.heads.pca import PCA, PCAConfig
+from retriever.heads.residual import Asked
+from retriever.heads.rq import ResidualQuantizer, ResidualQuantizerConfig
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int
 
 __all__ = ["Projection", "ProjectionConfig", "noise_level"]
 
@@ -43,6 +46,8 @@ class ProjectionConfig(PCAConfig):
         fit_lr: Learning rate of Adam, which falls linearly to 0; the map's rows begin with length 1.
         fit_temperature: Of the ranking that is taught, as `DistillationConfig.temperature`.
         fit_crops_below: With fewer training queries, half of those of a step are crops of documents; 0: never.
+        query_weight: Of the expected query in the choice of a document's code, for residual quantizers; 0 chooses the
+            nearest code. Searching takes no longer, encoding does.
     """
 
     name: ClassVar[str] = "projection"
@@ -52,6 +57,7 @@ class ProjectionConfig(PCAConfig):
     fit_lr: float = 5e-4
     fit_temperature: float = 0.02
     fit_crops_below: int = 4000
+    query_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("fit_steps", "fit_crops_below"):
@@ -60,11 +66,22 @@ class ProjectionConfig(PCAConfig):
         for name in ("fit_lr", "fit_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}.")
+        if not 0 <= self.query_weight < math.inf:
+            raise InputError(f"query_weight must be at least 0 and finite, got {self.query_weight}.")
         super().__post_init__()
 
     def wants_crops(self, queries: int) -> bool:
         """Return whether so many training queries are fewer than `fit_crops_below`."""
         return queries < self.fit_crops_below
+
+    def check(self, dim: int) -> None:
+        """Raise InputError if the components are too many, or the inner head does not choose codes by queries."""
+        super().check(dim)
+        if self.query_weight and not isinstance(self.inner, ResidualQuantizerConfig):
+            raise InputError(
+                f"query_weight {self.query_weight} is for inner residual quantizers, got inner "
+                f"{self.inner.name if self.inner else None!r}. Set query_weight 0."
+            )
 
     def build(self, dim: int) -> Projection:
         """Return the head for vectors of `dim` dimensions."""
@@ -85,6 +102,33 @@ class Projection(PCA):
     """
 
     _config: ProjectionConfig
+    query_slope: Tensor
+    query_mean: Tensor
+    document_mean: Tensor
+    spread: Tensor
+
+    def __init__(self, config: ProjectionConfig, dim: int) -> None:
+        super().__init__(config, dim)
+        if config.query_weight:  # without queries the expected query is the vector itself
+            self.register_buffer("query_slope", torch.eye(self.out_dim))
+            self.register_buffer("query_mean", torch.zeros(self.out_dim))
+            self.register_buffer("document_mean", torch.zeros(self.out_dim))
+            self.register_buffer("spread", torch.ones(()))
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
+        """Map as queries are mapped, then return the inner head's codes, chosen for the expected queries, too."""
+        y = self.map_queries(x)
+        if not self._config.query_weight:
+            return self.inner.encode(y)
+        assert isinstance(self.inner, ResidualQuantizer | IVFResidualQuantizer)
+        asked = Asked(self.expected_queries(y) - y, self._config.query_weight / self.spread)
+        return self.inner.encode(y, asked)
+
+    def expected_queries(self, y: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+        """Return the query that is expected for mapped documents: the linear regression learned at the start."""
+        with torch.autocast(y.device.type, enabled=False):
+            return self.query_mean + (y - self.document_mean) @ self.query_slope
 
     @torch.no_grad()
     def warm_start_to_rank(
@@ -99,9 +143,35 @@ class Projection(PCA):
         self._start_components(sample)
         with torch.enable_grad(), torch.autocast(self.mean.device.type, enabled=False):
             kinds = [kind.to(self.mean) - self.mean for kind in queries if len(kind)]
-            matrix = self._learn(sample.to(self.mean) - self.mean, kinds, seed) if kinds else self.matrix
+            x = sample.to(self.mean) - self.mean
+            matrix = self._learn(x, kinds, seed) if kinds else self.matrix
         self.matrix.copy_(matrix)
+        if self._config.query_weight and kinds:
+            self._regress(x, kinds)
         self._start_inner(sample, fit, seed)
+
+    def _regress(self, x: Float[Tensor, "n D"], kinds: Sequence[Float[Tensor, "m D"]]) -> None:
+        """Learn the expected query of a document by ridge regression of mapped queries on their nearest documents."""
+        y, pairs = x @ self.matrix.T, []
+        for kind in kinds:
+            parts = kind.split(QUERIES_AT_ONCE)
+            nearest = torch.cat([_closeness(part, x).argmax(1) for part in parts])
+            pairs.append((y[nearest].double(), (kind @ self.matrix.T).double()))
+        document_mean = torch.stack([found.mean(0) for found, _ in pairs]).mean(0)
+        query_mean = torch.stack([asked.mean(0) for _, asked in pairs]).mean(0)
+        identity = torch.eye(len(document_mean)).to(document_mean)
+        moments = [
+            (
+                (found - document_mean).T @ (found - document_mean) / len(found),
+                (found - document_mean).T @ (asked - query_mean) / len(found),
+            )
+            for found, asked in pairs
+        ]
+        own, cross = (torch.stack(moment).mean(0) for moment in zip(*moments, strict=True))
+        self.query_slope.copy_(torch.linalg.solve(own + own.diagonal().mean() * identity, cross))
+        self.query_mean.copy_(query_mean)
+        self.document_mean.copy_(document_mean)
+        self.spread.copy_(y.square().sum(1).mean())
 
     def _learn(
         self, x: Float[Tensor, "n D"], kinds: Sequence[Float[Tensor, "m D"]], seed: int

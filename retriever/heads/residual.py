@@ -5,6 +5,8 @@ Shapes: N vectors, D dimensions, M codebooks (steps), K codewords, B sums that a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +17,47 @@ from retriever.heads.pieces import at_once
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["beam_search", "beam_search_from", "gather_rows", "residuals", "squared_distances"]
+__all__ = ["Asked", "beam_search", "beam_search_from", "gather_rows", "residuals", "squared_distances"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the query that is expected for each vector asks of its code, beside a small error.
+
+    Attributes:
+        offset: d = u - x, the expected query less the vector, (N, D).
+        weight: w of the second term in ||e||^2 + w (2 d . e + 2 ||e||^2)^2; of one over a squared distance.
+    """
+
+    offset: Float[Tensor, "N D"]
+    weight: Float[Tensor, ""]
+
+    def split(self, rows: int) -> list[Asked]:
+        """Return the parts of so many vectors."""
+        return [Asked(part, self.weight) for part in self.offset.split(rows)]
+
+    def costs(
+        self,
+        errors: Float[Tensor, "N B K"],
+        residual: Float[Tensor, "N B D"],
+        words: Float[Tensor, "K D"],
+    ) -> Float[Tensor, "N B K"]:
+        """Return the costs of residuals less codewords, e, of squared lengths `errors`.
+
+        The code of an unknown document that lies nearest brings it nearer to any query by ||e||^2, and to the expected
+        one by -2 d . e - ||e||^2: the document keeps its place if both are the same.
+        """
+        along = (residual @ self.offset[:, :, None]) - (self.offset @ words.T)[:, None]  # d . e
+        return errors + 4 * self.weight * (along + errors).square()
+
 
 TABLE = 1 << 20  # entries of the (rows, B, K) table of distances; 4 MB stay in the caches of a CPU
 
 
 @torch.no_grad()
-def beam_search(x: Float[Tensor, "N D"], codebooks: Float[Tensor, "M K D"], beam: int) -> Int[Tensor, "N M"]:
+def beam_search(
+    x: Float[Tensor, "N D"], codebooks: Float[Tensor, "M K D"], beam: int, asked: Asked | None = None
+) -> Int[Tensor, "N M"]:
     """Return codes whose codewords add up to nearly `x`.
 
     Every step extends each of the B best sums by all K codewords and keeps the B nearest to `x`; the last keeps one
@@ -31,13 +67,14 @@ def beam_search(x: Float[Tensor, "N D"], codebooks: Float[Tensor, "M K D"], beam
         x: Vectors.
         codebooks: Codewords in the order of the steps.
         beam: B; a step cannot keep more sums than there are.
+        asked: Keep and choose sums by its costs instead of the nearest.
     """
-    return beam_search_from(x[:, None], codebooks, beam)[:, 1:]
+    return beam_search_from(x[:, None], codebooks, beam, asked)[:, 1:]
 
 
 @torch.no_grad()
 def beam_search_from(
-    starts: Float[Tensor, "N L D"], codebooks: Float[Tensor, "M K D"], beam: int
+    starts: Float[Tensor, "N L D"], codebooks: Float[Tensor, "M K D"], beam: int, asked: Asked | None = None
 ) -> Int[Tensor, "N 1+M"]:
     """Return the start that leads to the smallest residual, and the codes from there on; see `beam_search`.
 
@@ -45,21 +82,29 @@ def beam_search_from(
         starts: What each of L beginnings of a sum leaves of a vector.
         codebooks: Codewords in the order of the steps.
         beam: B.
+        asked: As in `beam_search`.
     """
     rows = max(1, at_once(TABLE, starts.device) // (max(beam, starts.shape[1]) * codebooks.shape[1]))
-    return torch.cat([_search_rows(part, codebooks, beam) for part in starts.split(rows)])
+    parts = starts.split(rows)
+    wants: Sequence[Asked | None] = asked.split(rows) if asked else [None] * len(parts)
+    return torch.cat(
+        [_search_rows(part, codebooks, beam, want) for part, want in zip(parts, wants, strict=True)]
+    )
 
 
 def _search_rows(
-    residual: Float[Tensor, "N L D"], codebooks: Float[Tensor, "M K D"], beam: int
+    residual: Float[Tensor, "N L D"], codebooks: Float[Tensor, "M K D"], beam: int, asked: Asked | None
 ) -> Int[Tensor, "N 1+M"]:
     steps, size, _ = codebooks.shape
     count, width = residual.shape[:2]
     codes = torch.arange(width, device=residual.device).expand(count, width)[:, :, None]
     for step, words in enumerate(codebooks):
-        distances = squared_distances(residual, words).flatten(1)  # (N, B K)
-        kept = 1 if step == steps - 1 else min(beam, distances.shape[1])
-        best = distances.topk(kept, largest=False).indices
+        costs = squared_distances(residual, words)
+        if asked is not None:
+            costs = asked.costs(costs, residual, words)
+        costs = costs.flatten(1)  # (N, B K)
+        kept = 1 if step == steps - 1 else min(beam, costs.shape[1])
+        best = costs.topk(kept, largest=False).indices
         parents, chosen = best // size, best % size
         codes = torch.cat([gather_rows(codes, parents), chosen[:, :, None]], 2)
         residual = gather_rows(residual, parents) - words[chosen]

@@ -17,7 +17,7 @@ from retriever.heads.checks import check_choices, check_not_negative, check_samp
 from retriever.heads.codebooks import Codebooks
 from retriever.heads.estimators import Estimate, EstimatorName
 from retriever.heads.exports import AdditiveCodebooks
-from retriever.heads.residual import beam_search, residuals
+from retriever.heads.residual import Asked, beam_search, residuals
 from retriever.scores import Metric
 
 if TYPE_CHECKING:
@@ -149,10 +149,10 @@ class ResidualQuantizer(CompressionHead):
         )
 
     @torch.no_grad()
-    def encode(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
+    def encode(self, x: Float[Tensor, "N D"], asked: Asked | None = None) -> Int[Tensor, "N M"]:
         """Return the codes that the beam search finds."""
         with torch.autocast(x.device.type, enabled=False):
-            return self._search(x.float())
+            return self._search(x.float(), asked)
 
     def decode(self, codes: Int[Tensor, "N M"]) -> Float[Tensor, "N D"]:
         """Return the sums of the codewords."""
@@ -218,8 +218,8 @@ class ResidualQuantizer(CompressionHead):
         steps = residuals(x, self.fine.select(self.encode(x)), gradient_once=True)
         return self.fine.restart_dead_codes(steps, window, generator)
 
-    def _search(self, x: Float[Tensor, "N D"]) -> Int[Tensor, "N M"]:
-        return beam_search(x.detach(), self.codebooks, self._config.beam_size(self.training))
+    def _search(self, x: Float[Tensor, "N D"], asked: Asked | None = None) -> Int[Tensor, "N M"]:
+        return beam_search(x.detach(), self.codebooks, self._config.beam_size(self.training), asked)
 
 
 def estimate_steps(

@@ -170,6 +170,9 @@ CONFIGS: dict[str, list[HeadConfig]] = {
         ProjectionConfig(
             components=8, inner=IVFResidualQuantizerConfig(num_lists=5, num_codebooks=3, codebook_bits=4)
         ),
+        ProjectionConfig(
+            components=8, inner=ResidualQuantizerConfig(num_codebooks=3, codebook_bits=4), query_weight=1.0
+        ),
     ],
     "ivfflat": [
         IVFFlatConfig(num_lists=5),

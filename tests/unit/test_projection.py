@@ -22,11 +22,13 @@ from retriever.heads import (
     ProductQuantizerConfig,
     Projection,
     ProjectionConfig,
+    ResidualQuantizerConfig,
 )
 from retriever.heads.projection import _closeness, _through_channel, noise_level
 
 D, E = 24, 8
 QUANTIZER = ProductQuantizerConfig(num_codebooks=2, codebook_bits=4)
+RESIDUAL = ResidualQuantizerConfig(num_codebooks=3, codebook_bits=4, beam=20)
 SEEDS = (0, 1, 2)
 
 
@@ -200,9 +202,80 @@ def test_gradient_reaches_towers_and_codewords_and_not_the_map() -> None:
     assert {name for name, _ in head.named_parameters()} == {"inner.fine.codewords"}
 
 
+def asked_about(seed: int, documents: Tensor) -> Tensor:
+    """Return a query of each document: part of what it says, its own way."""
+    turn = torch.linalg.qr(rand(D, D, seed=77)).Q[:, : D // 2]
+    return normalize(documents @ turn @ turn.T + 0.1 * rand(len(documents), D, seed=seed + 500), dim=1)
+
+
+def expecting(seed: int, weight: float) -> Projection:
+    head = ProjectionConfig(components=E, inner=RESIDUAL, fit_steps=100, query_weight=weight).build(D)
+    documents = corpus(seed)[0]
+    head.warm_start_to_rank(documents, [asked_about(seed, documents)], FaissFit(), seed)
+    return head.eval()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_expected_queries_are_the_ridge_regression_of_queries_on_their_nearest_documents(seed: int) -> None:
+    head, documents = expecting(seed, 1.0), corpus(seed)[0]
+    queries = asked_about(seed, documents)
+    nearest = torch.cdist(queries, documents).argmin(1)
+    y, u = (head.map_queries(x).double() for x in (documents[nearest], queries))
+    strength = (y - y.mean(0)).square().mean().sqrt() * len(y) ** 0.5 * torch.eye(E)
+    rows = torch.cat([y - y.mean(0), strength.double()])  # ridge regression as least squares of more rows
+    slope = torch.linalg.lstsq(rows, torch.cat([u - u.mean(0), torch.zeros(E, E).double()])).solution
+    new = head.map_queries(corpus(seed + 50)[0])
+    expected = u.mean(0) + (new - y.mean(0)) @ slope
+    torch.testing.assert_close(head.expected_queries(new).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_kind_of_queries_counts_as_much_for_the_expected_query() -> None:
+    documents, head = corpus(0)[0], expecting(0, 1.0)
+    one, other = asked_about(0, documents), corpus(0)[1]
+    for kinds in ([one[:20].repeat(9, 1), other], [one[:20], other.repeat(5, 1)]):
+        head.warm_start_to_rank(documents, kinds, FaissFit(), 0)
+        middle = torch.stack([head.map_queries(kind).mean(0) for kind in kinds]).mean(0)
+        torch.testing.assert_close(head.query_mean, middle, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_chosen_codes_keep_the_place_that_new_documents_have_for_their_queries(seed: int) -> None:
+    """Documents and queries are not those of the start; a place is kept if a query comes as much nearer as others."""
+    documents = corpus(seed + 1000)[0]
+    queries, moved, errors = asked_about(seed + 1000, documents), {}, {}
+    for weight in (0.0, 1.0):
+        head = expecting(seed, weight)
+        u, y, code = (
+            head.map_queries(queries),
+            head.map_queries(documents),
+            head.decode(head.encode(documents)),
+        )
+        errors[weight] = (y - code).square().sum(1)
+        nearer = (u - y).square().sum(1) - (u - code).square().sum(1)
+        moved[weight] = (nearer - errors[weight]).square().mean()
+    assert moved[1.0] < 0.8 * moved[0.0]
+    assert errors[0.0].mean() < errors[1.0].mean() < 1.3 * errors[0.0].mean()
+
+
+def test_without_queries_the_chosen_codes_are_the_nearest() -> None:
+    documents = corpus(0)[0]
+    plain, weighted = (
+        ProjectionConfig(components=E, inner=RESIDUAL, query_weight=weight).build(D) for weight in (0.0, 1.0)
+    )
+    for head in (plain, weighted):
+        head.warm_start(documents, FaissFit(), 0)
+    assert torch.equal(weighted.eval().encode(documents), plain.eval().encode(documents))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"query_weight": -1.0, "inner": RESIDUAL}, "query_weight must be at least 0 and finite, got -1.0."),
+        ({"query_weight": 1.0}, "query_weight 1.0 is for inner residual quantizers, got inner 'pq'."),
+        (
+            {"query_weight": 1.0, "inner": None},
+            "query_weight 1.0 is for inner residual quantizers, got inner None.",
+        ),
         ({"fit_steps": -1}, "fit_steps must be at least 0, got -1."),
         ({"fit_crops_below": -1}, "fit_crops_below must be at least 0, got -1."),
         ({"fit_lr": 0.0}, "fit_lr must be above 0 and finite, got 0.0."),

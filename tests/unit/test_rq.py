@@ -25,7 +25,7 @@ from retriever.heads import (
     ResidualQuantizer,
     ResidualQuantizerConfig,
 )
-from retriever.heads.residual import beam_search
+from retriever.heads.residual import Asked, beam_search
 
 D, M, BITS, J, N = 24, 5, 5, 6, 1000
 SEEDS = (0, 1, 2)
@@ -180,6 +180,49 @@ def test_codes_do_not_depend_on_the_rows_worked_on_at_once(monkeypatch: pytest.M
     whole = head.encode(x)
     monkeypatch.setattr("retriever.heads.residual.TABLE", 5 * 2**BITS * 7)
     assert torch.equal(head.encode(x), whole)
+
+
+def make_asked(seed: int, weight: float, rows: int) -> Asked:
+    return Asked(make_vectors(seed, rows) / 2, torch.tensor(weight))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("make", [make_rq, make_ivfrq])
+def test_a_beam_as_wide_as_all_sums_finds_the_one_of_least_cost_for_the_expected_query(
+    make: Any, seed: int
+) -> None:
+    lists = {"list_beam": J} if make is make_ivfrq else {}
+    head = make(seed, num_codebooks=2, codebook_bits=4, beam=512, **lists)
+    x, asked = make_vectors(seed + 100, rows=50), make_asked(seed + 200, 0.3, 50)
+    first, second = head.codebooks.detach().double()
+    sums = (first[:, None] + second).view(-1, D)
+    if lists:
+        sums = (head.centroids.detach().double()[:, None] + sums).view(-1, D)
+    query = (x + asked.offset).double()
+    errors = (x.double()[:, None] - sums).square().sum(2)
+    nearer = (query - x).square().sum(1)[:, None] - torch.cdist(query, sums).square()  # brought by the code
+    costs = errors + 0.3 * (nearer - errors).square()
+    codes = head.encode(x, asked)
+    assert not torch.equal(codes, head.encode(x))
+    chosen = torch.cdist(head.decode(codes).double(), sums).argmin(1)
+    torch.testing.assert_close(costs.gather(1, chosen[:, None])[:, 0], costs.amin(1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [make_rq, make_ivfrq])
+def test_an_expected_query_of_no_weight_changes_no_code(make: Any) -> None:
+    head, x = make(), make_vectors(100)
+    assert torch.equal(head.encode(x, make_asked(200, 0.0, N)), head.encode(x))
+
+
+@pytest.mark.parametrize("make", [make_rq, make_ivfrq])
+def test_codes_for_expected_queries_do_not_depend_on_the_rows_worked_on_at_once(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, x, asked = make(), make_vectors(100), make_asked(200, 0.3, N)
+    whole = head.encode(x, asked)
+    monkeypatch.setattr("retriever.heads.residual.TABLE", 5 * 2**BITS * 7)
+    monkeypatch.setattr("retriever.heads.ivfrq.ROWS_AT_ONCE", 70)
+    assert torch.equal(head.encode(x, asked), whole)
 
 
 def test_no_vectors_have_no_codes() -> None:
