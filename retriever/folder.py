@@ -6,6 +6,7 @@ written last with size and SHA-256 of every file, and one rename publishes it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -79,7 +80,7 @@ def publish_folder(
         about: Further entries of the manifest. The block may still add to it.
 
     Raises:
-        InputError: If `target` exists and `overwrite` is false.
+        InputError: If `target` exists and `overwrite` is false, or its disk is full.
     """
     if not overwrite:
         refuse_existing(target)
@@ -90,13 +91,20 @@ def publish_folder(
         yield temporary
         _write_manifest(temporary, kind, about or {})
         _replace(temporary, target)
+    except Exception as error:
+        _refuse_full_disk(error, target)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def publish_file(target: Path) -> Iterator[Path]:
-    """Yield the path of a temporary file that becomes `target` when the block ends without an error."""
+    """Yield the path of a temporary file that becomes `target` when the block ends without an error.
+
+    Raises:
+        InputError: If the disk is full.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -104,6 +112,9 @@ def publish_file(target: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(target)
+    except Exception as error:
+        _refuse_full_disk(error, target)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -187,6 +198,14 @@ def _write_manifest(folder: Path, kind: str, about: dict[str, Any]) -> None:
     write_json(manifest, {"kind": kind, "format_version": FORMAT_VERSION, **about, "files": files})
     with manifest.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def _refuse_full_disk(error: Exception, target: Path) -> None:
+    """Raise InputError if an error says that there is no room; FAISS and safetensors say so in words alone."""
+    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+        raise InputError(
+            f"{target} could not be written: {error}. What was there is unchanged. Make room, or write to another disk."
+        ) from error
 
 
 def _replace(temporary: Path, target: Path) -> None:

@@ -8,11 +8,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import faiss
+import numpy as np
 import pytest
 
 from retriever import InputError
 from retriever.folder import (
     check_folder,
+    publish_file,
     publish_folder,
     read_json,
     read_manifest,
@@ -37,6 +40,16 @@ def fail_inside(target: Path, error: BaseException, *, overwrite: bool) -> None:
     with publish_folder(target, "model", overwrite=overwrite) as folder:
         (folder / "half.txt").write_text("half", encoding="utf-8")
         raise error
+
+
+def fill_disk(target: Path, publication: str, writer: str) -> None:
+    index = faiss.IndexFlatL2(64)
+    index.add(np.ones((1000, 64), np.float32))
+    whole = publication == "folder"
+    with publish_folder(target, "model", overwrite=True) if whole else publish_file(target) as place:
+        full = place / "full" if whole else place
+        full.symlink_to("/dev/full")
+        faiss.write_index(index, str(full)) if writer == "faiss" else full.write_bytes(bytes(100_000))
 
 
 # --- publication ---
@@ -188,6 +201,27 @@ def test_damaged_file_is_named_with_its_damage(
     damage(tmp_path / "out" / name)
     with pytest.raises(InputError, match=rf"{re.escape(str(tmp_path / 'out' / name))} {message}"):
         check_folder(tmp_path / "out", "model")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+@pytest.mark.parametrize("writer", ["bytes", "faiss"])
+@pytest.mark.parametrize("publication", ["folder", "file"])
+def test_a_full_disk_is_named_and_leaves_what_was_there(
+    tmp_path: Path, publication: str, writer: str
+) -> None:
+    target = tmp_path / "out"
+    publish(target, "old")
+    if publication == "file":
+        target = target / "b.bin"
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match=rf"{re.escape(str(target))} could not be written: .*No space left"):
+        fill_disk(target, publication, writer)
+    assert snapshot(tmp_path) == before
+
+
+def test_an_error_that_is_not_of_the_disk_stays_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"^broken$"), publish_folder(tmp_path / "out", "model"):
+        raise RuntimeError("broken")
 
 
 def test_readme_may_be_edited(tmp_path: Path) -> None:
