@@ -33,6 +33,7 @@ __all__ = ["Projection", "ProjectionConfig", "noise_level"]
 
 QUERIES_AT_ONCE = 128
 DOCUMENTS_AT_ONCE = 8192
+TINY = 1e-12  # variance of a corpus whose documents are all alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +123,10 @@ class Projection(PCA):
         if not self._config.query_weight:
             return self.inner.encode(y)
         assert isinstance(self.inner, ResidualQuantizer | IVFResidualQuantizer)
-        asked = Asked(self.expected_queries(y) - y, self._config.query_weight / self.spread)
+        asked = Asked(self._expected_queries(y) - y, self._config.query_weight / self.spread)
         return self.inner.encode(y, asked)
 
-    def expected_queries(self, y: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
+    def _expected_queries(self, y: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
         """Return the query that is expected for mapped documents: the linear regression learned at the start."""
         with torch.autocast(y.device.type, enabled=False):
             return self.query_mean + (y - self.document_mean) @ self.query_slope
@@ -168,10 +169,11 @@ class Projection(PCA):
             for found, asked in pairs
         ]
         own, cross = (torch.stack(moment).mean(0) for moment in zip(*moments, strict=True))
-        self.query_slope.copy_(torch.linalg.solve(own + own.diagonal().mean() * identity, cross))
+        strength = own.diagonal().mean().clamp(min=TINY)
+        self.query_slope.copy_(torch.linalg.solve(own + strength * identity, cross))
         self.query_mean.copy_(query_mean)
         self.document_mean.copy_(document_mean)
-        self.spread.copy_(y.square().sum(1).mean())
+        self.spread.copy_(y.square().sum(1).mean().clamp(min=TINY))
 
     def _learn(
         self, x: Float[Tensor, "n D"], kinds: Sequence[Float[Tensor, "m D"]], seed: int

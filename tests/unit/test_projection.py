@@ -226,7 +226,7 @@ def test_expected_queries_are_the_ridge_regression_of_queries_on_their_nearest_d
     slope = torch.linalg.lstsq(rows, torch.cat([u - u.mean(0), torch.zeros(E, E).double()])).solution
     new = head.map_queries(corpus(seed + 50)[0])
     expected = u.mean(0) + (new - y.mean(0)) @ slope
-    torch.testing.assert_close(head.expected_queries(new).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(head._expected_queries(new).double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_every_kind_of_queries_counts_as_much_for_the_expected_query() -> None:
@@ -255,6 +255,14 @@ def test_chosen_codes_keep_the_place_that_new_documents_have_for_their_queries(s
         moved[weight] = (nearer - errors[weight]).square().mean()
     assert moved[1.0] < 0.8 * moved[0.0]
     assert errors[0.0].mean() < errors[1.0].mean() < 1.3 * errors[0.0].mean()
+
+
+def test_documents_that_are_all_alike_get_the_code_of_their_vector() -> None:
+    documents = normalize(rand(1, D, seed=0), dim=1).repeat(400, 1)
+    head = ProjectionConfig(components=E, inner=RESIDUAL, fit_steps=0, query_weight=1.0).build(D)
+    head.warm_start_to_rank(documents, [corpus(0)[1]], FaissFit(), 0)
+    y = head.eval().decode(head.encode(documents))
+    torch.testing.assert_close(y, head.map_queries(documents), rtol=0, atol=1e-5)
 
 
 def test_without_queries_the_chosen_codes_are_the_nearest() -> None:
