@@ -21,7 +21,7 @@ from retriever.heads.exports import CoarseAdditiveCodebooks
 from retriever.heads.listed import InvertedListHead
 from retriever.heads.lists import ListStructure, check_list_sample, check_lists
 from retriever.heads.pieces import at_once
-from retriever.heads.residual import Asked, beam_search_from, residuals, squared_distances
+from retriever.heads.residual import Asked, asked_of, beam_search_from, residuals, squared_distances
 from retriever.heads.rq import ResidualQuantizerConfig, estimate_steps, step_losses
 
 if TYPE_CHECKING:
@@ -225,5 +225,4 @@ class IVFResidualQuantizer(InvertedListHead):
 
         rows = at_once(ROWS_AT_ONCE, x.device)
         parts = x.split(rows)
-        wants = asked.split(rows) if asked else [None] * len(parts)
-        return torch.cat(list(map(search, parts, lists.split(rows), wants)))
+        return torch.cat(list(map(search, parts, lists.split(rows), asked_of(parts, asked))))

@@ -17,7 +17,15 @@ from retriever.heads.pieces import at_once
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-__all__ = ["Asked", "beam_search", "beam_search_from", "gather_rows", "residuals", "squared_distances"]
+__all__ = [
+    "Asked",
+    "asked_of",
+    "beam_search",
+    "beam_search_from",
+    "gather_rows",
+    "residuals",
+    "squared_distances",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +39,6 @@ class Asked:
 
     offset: Float[Tensor, "N D"]
     weight: Float[Tensor, ""]
-
-    def split(self, rows: int) -> list[Asked]:
-        """Return the parts of so many vectors."""
-        return [Asked(part, self.weight) for part in self.offset.split(rows)]
 
     def costs(
         self,
@@ -86,10 +90,15 @@ def beam_search_from(
     """
     rows = max(1, at_once(TABLE, starts.device) // (max(beam, starts.shape[1]) * codebooks.shape[1]))
     parts = starts.split(rows)
-    wants: Sequence[Asked | None] = asked.split(rows) if asked else [None] * len(parts)
-    return torch.cat(
-        [_search_rows(part, codebooks, beam, want) for part, want in zip(parts, wants, strict=True)]
-    )
+    pairs = zip(parts, asked_of(parts, asked), strict=True)
+    return torch.cat([_search_rows(part, codebooks, beam, own) for part, own in pairs])
+
+
+def asked_of(parts: Sequence[Tensor], asked: Asked | None) -> Sequence[Asked | None]:
+    """Return what is asked of each part of the vectors."""
+    if asked is None:
+        return [None] * len(parts)
+    return [Asked(offset, asked.weight) for offset in asked.offset.split([len(part) for part in parts])]
 
 
 def _search_rows(
