@@ -9,7 +9,8 @@ vectors. A size is the true bytes of a code, of FAISS's additive quantizers with
   FAISS ITQ, RaBitQ    binary codes: a bit a component after ITQ's rotation; RaBitQ's of fewer components, beside its 8
                        bytes of factors (so not at 8 bytes)
   FAISS RQ, decoded    the same without norms: search decodes what it scores, which is exact, and slower
-  ..., reduced, lists  of as many dimensions as the recipes keep, and in as many inverted lists
+  ..., reduced, lists  of as many dimensions as the recipes keep (residual codes of 16 bytes: 128, of the recipe 192),
+                       and in as many inverted lists
   ..., wide beam       the same fit, its codes chosen with as wide a beam as the recipe's (FAISS's is 5)
   endex                the recipe, exported to FAISS and searched there; others by the names of their files
   Gaussian bound       what an ideal code of the size would do with the control's vectors, were they Gaussian with the
@@ -61,7 +62,8 @@ ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "z
 BOUND = "Gaussian bound"
 RECIPES = (Path("configs/default.yaml"), Path("configs/ivfpq.yaml"))
 COMPONENTS = {8: 64, 16: 96, 32: 192}  # kept of a vector by bytes, as docs/results.md recommends
-COMPONENTS_ADDITIVE = {8: 96, 16: 128, 32: 256}
+COMPONENTS_ADDITIVE = {8: 96, 16: 192, 32: 256}
+COMPONENTS_POST_HOC = {8: 96, 16: 128, 32: 256}  # principal ones, in front of FAISS's residual codes
 MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 SHOWN = ("system", "bytes", *MEASURES, "kept", "gain", "p", "gain, without lists", "file_bytes")
 BEAM = ";beam="  # in a name: FAISS's factory, and the beam of the documents
@@ -286,7 +288,7 @@ class QualityStudy(Study):
 
 def additive_factory(size: int, lists: int) -> str:
     """Return FAISS's factory string of components, lists and residual codes without norms."""
-    return f"PCA{COMPONENTS_ADDITIVE[size]},IVF{lists},RQ{size}x8"
+    return f"PCA{COMPONENTS_POST_HOC[size]},IVF{lists},RQ{size}x8"
 
 
 def _is_additive(head: HeadConfig) -> bool:
