@@ -234,11 +234,7 @@ class Study:
     def _post_hoc(self, name: str, metric: str, vectors: dict[str, Tensor], reading: str) -> Result:
         """Fit FAISS's own quantizer on the control's vectors, add them, and search."""
         faiss, q = load_faiss(), vectors["queries"].numpy()
-        if (name, reading) not in self._post_hoc_fits:
-            self._post_hoc_fits[name, reading] = self._fit_post_hoc(
-                name, vectors["documents"].numpy(), reading
-            )
-        built = self._post_hoc_fits[name, reading]
+        built = self._fitted(name, vectors["documents"].numpy(), reading)
         kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
         built.metric_type = kind  # codes do not depend on it
         if isinstance(built, faiss.IndexPreTransform):
@@ -254,6 +250,12 @@ class Study:
             inner.nprobe = inner.nlist
         run = self._run(built, q)
         return {**result, **measure(self.data.qrels, run), "per_query": self._per_query(run)}
+
+    def _fitted(self, name: str, x: np.ndarray, reading: str) -> Any:
+        """Return FAISS's index of all vectors, fitted once."""
+        if (name, reading) not in self._post_hoc_fits:
+            self._post_hoc_fits[name, reading] = self._fit_post_hoc(name, x, reading)
+        return self._post_hoc_fits[name, reading]
 
     def _fit_post_hoc(self, name: str, x: np.ndarray, reading: str) -> Any:
         """Return FAISS's index of all vectors, fitted on those of the reading."""

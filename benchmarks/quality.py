@@ -184,12 +184,13 @@ class QualityStudy(Study):
     def _fit_post_hoc(self, name: str, x: np.ndarray, reading: str) -> Any:
         """Return FAISS's index; where a beam is named, it is that in which the documents' codes are chosen."""
         factory, _, beam = name.partition(BEAM)
-        built = super()._fit_post_hoc(factory, x, reading)
-        if beam:
-            faiss = load_faiss()
-            faiss.downcast_index(faiss.extract_index_ivf(built)).rq.max_beam_size = int(beam)
-            built.reset()
-            built.add(x)
+        if not beam:
+            return super()._fit_post_hoc(factory, x, reading)
+        faiss = load_faiss()
+        built = faiss.clone_index(self._fitted(factory, x, reading))
+        faiss.downcast_index(faiss.extract_index_ivf(built)).rq.max_beam_size = int(beam)
+        built.reset()
+        built.add(x)
         return built
 
     def _recipes(self) -> dict[str, Path]:
