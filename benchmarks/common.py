@@ -46,7 +46,7 @@ def benchmark_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], caption: str = "") -> None:
-    """Print rows of equal keys as a table."""
+    """Print rows of equal keys as a table, as wide as it is: cut-off numbers are of no use."""
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     for name in rows[0]:
         table.add_column(
@@ -54,7 +54,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], caption: str = ""
         )
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
-    Console(width=max(140, Console().width)).print(table)
+    Console(width=Console(width=1000).measure(table).maximum).print(table)
 
 
 def write_result(
