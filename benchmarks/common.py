@@ -130,6 +130,14 @@ def faiss_quantizer(dim: int, factory: str, metric: Metric, seed: int) -> Any:
     return built
 
 
+def set_metric(built: Any, metric: Metric) -> None:
+    """Let a FAISS index, behind a transform or not, search by another metric; codes do not depend on it."""
+    faiss = load_faiss()
+    built.metric_type = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
+    if isinstance(built, faiss.IndexPreTransform):
+        built.index.metric_type = built.metric_type
+
+
 def forget_peak() -> None:
     """Let the peak of this process's resident memory (VmHWM) begin anew with what is resident now; Linux only."""
     Path("/proc/self/clear_refs").write_text("5")

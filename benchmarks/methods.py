@@ -50,6 +50,7 @@ from retriever.heads import (
     NoCompressionConfig,
     ProductQuantizerConfig,
 )
+from retriever.scores import Metric
 from training import Experiment, Trainer, evaluate_index, load_experiment, measure
 from training.evaluate import select_evaluation
 from training.losses import ContrastiveConfig
@@ -172,7 +173,7 @@ class Study:
     ) -> list[tuple[str, Callable[[], Result]]]:
         """Return the systems of a size, FAISS's first."""
 
-        def post_hoc(name: str, metric: str) -> Callable[[], Result]:
+        def post_hoc(name: str, metric: Metric) -> Callable[[], Result]:
             return lambda: self._post_hoc(name, metric, vectors, reading)
 
         lists = load_experiment(Path("configs/poeem.yaml")).head.num_lists  # type: ignore[attr-defined]
@@ -231,14 +232,11 @@ class Study:
         assert isinstance(head, ProductQuantizerConfig), "the recipes are product quantizers"
         return replace(head, num_codebooks=size)
 
-    def _post_hoc(self, name: str, metric: str, vectors: dict[str, Tensor], reading: str) -> Result:
+    def _post_hoc(self, name: str, metric: Metric, vectors: dict[str, Tensor], reading: str) -> Result:
         """Fit FAISS's own quantizer on the control's vectors, add them, and search."""
         faiss, q = load_faiss(), vectors["queries"].numpy()
         built = self._fitted(name, vectors["documents"].numpy(), reading)
-        kind = faiss.METRIC_INNER_PRODUCT if metric == "inner_product" else faiss.METRIC_L2
-        built.metric_type = kind  # codes do not depend on it
-        if isinstance(built, faiss.IndexPreTransform):
-            built.index.metric_type = kind
+        common.set_metric(built, metric)
         result: Result = {"file_bytes": len(faiss.serialize_index(built)) / built.ntotal}
         if "IVF" in name:
             inner = faiss.extract_index_ivf(built)
