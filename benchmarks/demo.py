@@ -1,18 +1,15 @@
 """The whole path on real text: train, export, search, beside the usual way.
 
-Systems, on the same held-out queries, of the same seed:
+Systems, on the same held-out queries, the same training pairs, steps and seed:
 
   dense, before training   the pretrained encoder, float32 vectors, IndexFlatIP
-  dense, fine-tuned        the same after contrastive training (configs/dense.yaml, 150 steps of 32 pairs)
+  dense, fine-tuned        the same after contrastive training
   fine-tuned + FAISS OPQ   the usual way: OPQ + PQ trained by FAISS on all of those vectors, then added; searched by
-                           inner product, as the vectors were trained, and by L2
-  fine-tuned + FAISS RQ    the best of FAISS's codes alone: residual codes without norms, searched by L2
-  Endex                    the default recipe (configs/default.yaml, 100 steps of 32 queries) from those towers,
-                           its codes copied into FAISS
+                           inner product, as the vectors were trained, and by L2, the score that Endex trains for
+  Endex                    towers and product quantizer trained together, codes copied into FAISS
 
 `index seconds` is what turns vectors or codes into a searchable index: FAISS train + add, or, for Endex, copying.
-All quantizers may see all documents without labels (FAISS trains on them; Endex takes its warm start from them). What
-holds for documents that nobody saw is in docs/results.md.
+Both quantizers may see all documents without labels (FAISS trains on them; Endex takes its warm start from them).
 """
 
 from __future__ import annotations
@@ -26,22 +23,24 @@ from typing import Any
 import common
 import numpy as np
 import torch
-from methods import innermost
 
 from index import IndexConfig, Searcher, export_index
 from index._faiss import load_faiss
 from launch.pycode import build_pycode
-from retriever import DualEncoder, RetrievalData, embed_documents, embed_queries, read_data
+from retriever import DualEncoder, InputError, RetrievalData, embed_documents, embed_queries, read_data
 from retriever.folder import write_json
-from retriever.heads import IVFResidualQuantizerConfig
+from retriever.heads import NoCompressionConfig, ProductQuantizerConfig
 from training import Experiment, Trainer, evaluate_index, load_experiment, measure
+from training.losses import ContrastiveConfig
 
 COLUMNS = ("ndcg@10", "mrr@10", "recall@100")
-STEPS = {"dense": 150, "default": 100}  # of 32 pairs, by recipe
 
 
 def main() -> None:
     parser = common.benchmark_parser(__doc__)
+    parser.add_argument(
+        "--config", type=Path, default=Path("configs/pycode.yaml"), help="recipe of the Endex system"
+    )
     parser.add_argument(
         "--data", type=Path, help="BEIR folder; by default pairs made from the installed packages"
     )
@@ -57,12 +56,12 @@ def main() -> None:
     options.out.mkdir(parents=True)
     (options.out / "demo").write_text("made by benchmarks/demo.py, which replaces this folder\n")
     source = options.data or make_pairs(options.out / "data", 2_000 if options.quick else options.documents)
+    experiment = load_experiment(options.config)
+    experiment = replace(experiment, data=replace(experiment.data, source=str(source)), seed=options.seed)
+    if options.quick:
+        experiment = replace(experiment, optimization=replace(experiment.optimization, steps=12))
     data = read_data(source, options.split)
-    recipes = [
-        recipe(name, source, options.out, 12 if options.quick else steps, options.seed)
-        for name, steps in STEPS.items()
-    ]
-    rows = run_systems(*recipes, data, options.out)
+    rows = run_systems(experiment, data, options.out)
     title = f"{len(data.qrels):,} held-out queries, {len(data.documents):,} documents, seed {options.seed}"
     common.print_table(title, [{name: value for name, value in row.items()} for row in rows])
     show_hits(Searcher(options.out / "index"), data)
@@ -78,44 +77,31 @@ def make_pairs(folder: Path, documents: int) -> Path:
     return folder
 
 
-def recipe(name: str, source: Path, out: Path, steps: int, seed: int) -> Experiment:
-    """Return a recipe of configs/, of so many steps of 32 pairs on this data."""
-    experiment = load_experiment(Path(f"configs/{name}.yaml"))
-    return replace(
-        experiment,
-        output=str(out / name),
-        data=replace(experiment.data, source=str(source)),
-        optimization=replace(experiment.optimization, steps=steps, batch_size=32),
-        evaluation=replace(experiment.evaluation, queries=300, documents=2000),
-        seed=seed,
+def run_systems(experiment: Experiment, data: RetrievalData, out: Path) -> list[dict[str, Any]]:
+    """Train and measure the four systems."""
+    precision = experiment.optimization.precision
+    dense = replace(
+        experiment, head=NoCompressionConfig(), loss=ContrastiveConfig(), output=str(out / "dense")
     )
-
-
-def run_systems(dense: Experiment, endex: Experiment, data: RetrievalData, out: Path) -> list[dict[str, Any]]:
-    """Train and measure all systems."""
-    precision = dense.optimization.precision
     print("1/4 dense, before training", flush=True)
     before = dense.model.build(dense.head)
     rows = [dense_row("dense, before training", *vectors(before, data, precision), data)]
     print("2/4 dense, fine-tuned", flush=True)
-    start = Trainer(dense).fit().last
-    x, q = vectors(DualEncoder.load(start), data, precision)
+    trained = DualEncoder.load(Trainer(dense).fit().last)
+    x, q = vectors(trained, data, precision)
     rows.append(dense_row("dense, fine-tuned", x, q, data))
-    head = innermost(endex.head)
-    assert isinstance(head, IVFResidualQuantizerConfig), "the default recipe has residual codes in lists"
-    print("3/4 the usual way: FAISS's quantizers on those vectors", flush=True)
-    rows += post_hoc_rows(x, q, data, head.num_codebooks)
-    print("4/4 Endex: codes that learn to rank, then export", flush=True)
-    endex = replace(endex, model=replace(endex.model, encoder=str(start / "encoder")))
+    head = experiment.head
+    if not isinstance(head, ProductQuantizerConfig):
+        raise InputError("this benchmark compares product quantizers: the recipe's head must be pq.")
+    print("3/4 the usual way: FAISS OPQ on those vectors", flush=True)
+    rows += post_hoc_rows(x, q, data, head)
+    print("4/4 Endex: towers and quantizer together, then export", flush=True)
+    report = Trainer(replace(experiment, output=str(out / "endex"))).fit()
     exported = export_index(
-        Trainer(endex).fit().last,
-        data.documents.values(),
-        out / "index",
-        config=IndexConfig(kind="ivfrq", norms="none"),
-        precision=precision,
+        report.last, data.documents.values(), out / "index", config=IndexConfig(), precision=precision
     )
     metrics, _ = evaluate_index(Searcher(out / "index"), data, precision=precision)
-    rows.append(row("Endex", head.num_codebooks, metrics, exported.build_seconds))
+    rows.append(row("Endex", exported.code_size, metrics, exported.build_seconds))
     return rows
 
 
@@ -136,20 +122,21 @@ def dense_row(system: str, x: torch.Tensor, q: torch.Tensor, data: RetrievalData
     return row(system, 4 * x.shape[1], search(flat, q, data), seconds)
 
 
-def post_hoc_rows(x: torch.Tensor, q: torch.Tensor, data: RetrievalData, size: int) -> list[dict[str, Any]]:
-    """Measure FAISS's own codes of the same bytes, trained on the vectors that are then indexed."""
-    rows = []
-    for factory in (f"OPQ{size},PQ{size}", f"RQ{size}x8"):
-        built = common.faiss_quantizer(x.shape[1], factory, "l2", seed=1234)  # FAISS's own default seed
-        start = time.perf_counter()
-        built.train(x.numpy())
-        built.add(x.numpy())
-        seconds, name = common.seconds_since(start), f"fine-tuned + FAISS {factory}"
-        for metric in ("inner_product", "l2") if "OPQ" in factory else ("l2",):  # the same codes
-            common.set_metric(built, metric)
-            shown = f"{name}, L2" if metric == "l2" else name
-            rows.append(row(shown, size, search(built, q, data), seconds))
-    return rows
+def post_hoc_rows(
+    x: torch.Tensor, q: torch.Tensor, data: RetrievalData, head: ProductQuantizerConfig
+) -> list[dict[str, Any]]:
+    """Measure FAISS's own OPQ + PQ of the same size, trained on the vectors that are then indexed."""
+    books, bits = head.num_codebooks, head.codebook_bits
+    name = f"OPQ{books},PQ{books}x{bits}"
+    faiss = load_faiss()
+    usual = common.faiss_quantizer(x.shape[1], name, "inner_product", seed=1234)  # FAISS's own default seed
+    start = time.perf_counter()
+    usual.train(x.numpy())
+    usual.add(x.numpy())
+    seconds, size = common.seconds_since(start), (books * bits + 7) // 8
+    rows = [row(f"fine-tuned + FAISS {name}", size, search(usual, q, data), seconds)]
+    usual.metric_type = usual.index.metric_type = faiss.METRIC_L2  # the same codes, the other score
+    return [*rows, row(f"fine-tuned + FAISS {name}, L2", size, search(usual, q, data), seconds)]
 
 
 def search(built: Any, q: torch.Tensor, data: RetrievalData) -> dict[str, float]:
