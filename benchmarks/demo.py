@@ -128,14 +128,13 @@ def post_hoc_rows(
     """Measure FAISS's own OPQ + PQ of the same size, trained on the vectors that are then indexed."""
     books, bits = head.num_codebooks, head.codebook_bits
     name = f"OPQ{books},PQ{books}x{bits}"
-    faiss = load_faiss()
     usual = common.faiss_quantizer(x.shape[1], name, "inner_product", seed=1234)  # FAISS's own default seed
     start = time.perf_counter()
     usual.train(x.numpy())
     usual.add(x.numpy())
     seconds, size = common.seconds_since(start), (books * bits + 7) // 8
     rows = [row(f"fine-tuned + FAISS {name}", size, search(usual, q, data), seconds)]
-    usual.metric_type = usual.index.metric_type = faiss.METRIC_L2  # the same codes, the other score
+    common.set_metric(usual, "l2")  # the same codes, the other score
     return [*rows, row(f"fine-tuned + FAISS {name}, L2", size, search(usual, q, data), seconds)]
 
 
