@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from index._faiss import load_faiss
+from index.leave_one_out import fit_step, fit_sums
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -76,9 +77,19 @@ class FaissFit:
         )
 
     def additive_codebooks(
-        self, sample: Float[Tensor, "n D"], *, num_codebooks: int, codebook_bits: int, beam: int, seed: int
+        self,
+        sample: Float[Tensor, "n D"],
+        *,
+        num_codebooks: int,
+        codebook_bits: int,
+        beam: int,
+        seed: int,
+        leave_one_out: bool = False,
     ) -> Float[Tensor, "M K D"]:
-        """Return the codebooks of FAISS's residual quantizer of a sample."""
+        """Return the codebooks of FAISS's residual quantizer of a sample, or those of `index.leave_one_out`."""
+        if leave_one_out:
+            size = {"num_codebooks": num_codebooks, "codebook_bits": codebook_bits}
+            return fit_sums(sample.float()[:, None], **size, beam=beam, seed=seed)
         x = np.ascontiguousarray(sample.numpy(), dtype=np.float32)
         return torch.from_numpy(self._sums(x, num_codebooks, codebook_bits, beam, seed))
 
@@ -91,13 +102,20 @@ class FaissFit:
         codebook_bits: int,
         beam: int,
         seed: int,
+        leave_one_out: bool = False,
+        list_beam: int = 1,
     ) -> tuple[Float[Tensor, "J D"], Float[Tensor, "M K D"]]:
         """Return k-means centroids, and the codebooks of FAISS's residual quantizer of the residuals.
 
-        In the order of FAISS's `IVF{J},RQ{M}x{bits}`.
+        In the order of FAISS's `IVF{J},RQ{M}x{bits}`; with `leave_one_out` both of `index.leave_one_out`, the
+        codebooks for the residuals to the `list_beam` nearest centroids.
         """
         x = np.ascontiguousarray(sample.numpy(), dtype=np.float32)
         centroids, rest = self._lists(x, num_lists, seed)
+        if leave_one_out:
+            size = {"num_codebooks": num_codebooks, "codebook_bits": codebook_bits}
+            lists, left = fit_step(sample.float()[:, None], torch.from_numpy(centroids), list_beam)
+            return lists, fit_sums(left, **size, beam=beam, seed=seed)
         codebooks = self._sums(rest, num_codebooks, codebook_bits, beam, seed)
         return torch.from_numpy(centroids), torch.from_numpy(codebooks)
 

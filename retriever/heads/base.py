@@ -119,9 +119,19 @@ class QuantizerFit(Protocol):
         ...
 
     def additive_codebooks(
-        self, sample: Float[Tensor, "n D"], *, num_codebooks: int, codebook_bits: int, beam: int, seed: int
+        self,
+        sample: Float[Tensor, "n D"],
+        *,
+        num_codebooks: int,
+        codebook_bits: int,
+        beam: int,
+        seed: int,
+        leave_one_out: bool = False,
     ) -> Float[Tensor, "M K D"]:
-        """Return the codebooks of a residual quantizer, fitted with a beam of so many sums."""
+        """Return the codebooks of a residual quantizer, fitted with a beam of so many sums.
+
+        With `leave_one_out` no document of the sample has a part in the codewords that it is held against.
+        """
         ...
 
     def coarse_additive_codebooks(
@@ -133,8 +143,13 @@ class QuantizerFit(Protocol):
         codebook_bits: int,
         beam: int,
         seed: int,
+        leave_one_out: bool = False,
+        list_beam: int = 1,
     ) -> tuple[Float[Tensor, "J D"], Float[Tensor, "M K D"]]:
-        """Return coarse centroids, and the codebooks of a residual quantizer of the residuals to the nearest ones."""
+        """Return coarse centroids, and the codebooks of a residual quantizer of the residuals to the nearest ones.
+
+        With `leave_one_out` as in `additive_codebooks`, of the residuals to the `list_beam` nearest.
+        """
         ...
 
 

@@ -179,11 +179,18 @@ class IVFResidualQuantizer(InvertedListHead):
             "beam": self._config.beam,
             "seed": seed,
         }
+        held_out = self._config.leave_one_out
         if isinstance(self.coarse, Cells):
-            codebooks = fit.additive_codebooks(self.coarse.fit(sample, fit, seed), **size)
+            codebooks = fit.additive_codebooks(
+                self.coarse.fit(sample, fit, seed), **size, leave_one_out=held_out
+            )
         else:
             centroids, codebooks = fit.coarse_additive_codebooks(
-                sample, num_lists=self._config.num_lists, **size
+                sample,
+                num_lists=self._config.num_lists,
+                **size,
+                leave_one_out=held_out,
+                list_beam=self._config.list_beam,
             )
             self.coarse.start(centroids[None])
         self.fine.start(codebooks)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -275,7 +275,12 @@ class NeuralQuantizer(CompressionHead):
         self.offset.copy_(offset)
         self.scale.copy_(scale)
         z, size = self.standardize(sample).cpu(), self._config.num_codebooks
-        options = {"num_codebooks": size, "codebook_bits": self.code_bits, "beam": 1, "seed": seed}
+        options: dict[str, Any] = {
+            "num_codebooks": size,
+            "codebook_bits": self.code_bits,
+            "beam": 1,
+            "seed": seed,
+        }
         if self.centroids is None:
             codebooks = fit.additive_codebooks(z, **options)
         else:
