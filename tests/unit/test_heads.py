@@ -233,16 +233,15 @@ class RandomFit:
         return rotation, centroids, codebooks
 
     def additive_codebooks(
-        self, sample: Tensor, *, num_codebooks: int, codebook_bits: int, beam: int, seed: int
+        self, sample: Tensor, *, num_codebooks: int, codebook_bits: int, seed: int, **_: int
     ) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randint(len(sample), (num_codebooks, 2**codebook_bits), generator=generator)
         return sample[rows] * 0.7 ** torch.arange(num_codebooks)[:, None, None]
 
     def coarse_additive_codebooks(
-        self, sample: Tensor, *, num_lists: int, num_codebooks: int, codebook_bits: int, beam: int, seed: int
+        self, sample: Tensor, *, num_lists: int, **options: int
     ) -> tuple[Tensor, Tensor]:
-        options = {"num_codebooks": num_codebooks, "codebook_bits": codebook_bits, "beam": beam, "seed": seed}
         return sample[-num_lists:], 0.7 * self.additive_codebooks(sample, **options)
 
 
