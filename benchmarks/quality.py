@@ -73,7 +73,7 @@ GOALS = {8: 0.90, 16: 0.97, 32: 0.99}
 
 
 def main() -> None:
-    options = parse()
+    options = parse(__doc__)
     rows: list[Result] = []
     started, studies = time.monotonic(), len(options.data) * len(options.seeds)
     for number, source in enumerate(source for source in options.data for _ in options.seeds):
@@ -96,9 +96,9 @@ def main() -> None:
     common.write_result(options.json, options, rows, summary=summary, goals=GOALS)
 
 
-def parse() -> argparse.Namespace:
+def parse(description: str | None) -> argparse.Namespace:
     """Return the options; with those that `Study` reads."""
-    parser = study_parser(__doc__, start_steps=210, steps=90, out="runs/quality")
+    parser = study_parser(description, start_steps=210, steps=90, out="runs/quality")
     parser.add_argument(
         "--recipes", type=Path, nargs="+", default=RECIPES, help="what is trained; the first is `endex`"
     )
@@ -147,6 +147,25 @@ class QualityStudy(Study):
     def _systems(
         self, reading: str, size: int, start: Path, vectors: dict[str, Tensor]
     ) -> list[tuple[str, Callable[[], Result]]]:
+        lists = innermost(self._recipe(ENDEX).head).num_lists
+        systems: list[tuple[str, Callable[[], Result]]] = [
+            (name, lambda factory=factory: self._post_hoc(factory, "l2", vectors, reading))  # type: ignore[misc]
+            for name, factory in self._factories(size).items()
+        ]
+        trained = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
+        return [
+            *systems,
+            *((name, lambda name=name: self._joint(name, reading, size, start)) for name in self._recipes()),  # type: ignore[misc]
+            (TOWERS, lambda: self._dense_row(self._vectors(trained))),
+            (BOUND, lambda: self._gaussian_bound(8 * size, vectors, reading)),
+            (
+                f"{BOUND}, lists",
+                lambda: self._gaussian_bound(8 * size + math.log2(lists), vectors, reading),
+            ),
+        ]
+
+    def _factories(self, size: int) -> dict[str, str]:
+        """Return FAISS's systems of a size: their factory strings by the names of their rows."""
         head, kept = self._recipe(ENDEX).head, COMPONENTS[size]
         lists = innermost(head).num_lists
         additive = additive_factory(size, lists)
@@ -165,21 +184,7 @@ class QualityStudy(Study):
             factories["FAISS RQ, reduced, lists, wide beam"] = f"{additive}{BEAM}{beam}"
         if size > FACTORS:
             factories["FAISS RaBitQ"] = f"PCAR{8 * (size - FACTORS)},RaBitQ"
-        systems: list[tuple[str, Callable[[], Result]]] = [
-            (name, lambda factory=factory: self._post_hoc(factory, "l2", vectors, reading))  # type: ignore[misc]
-            for name, factory in factories.items()
-        ]
-        trained = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
-        return [
-            *systems,
-            *((name, lambda name=name: self._joint(name, reading, size, start)) for name in self._recipes()),  # type: ignore[misc]
-            (TOWERS, lambda: self._dense_row(self._vectors(trained))),
-            (BOUND, lambda: self._gaussian_bound(8 * size, vectors, reading)),
-            (
-                f"{BOUND}, lists",
-                lambda: self._gaussian_bound(8 * size + math.log2(lists), vectors, reading),
-            ),
-        ]
+        return factories
 
     def _fit_post_hoc(self, name: str, x: np.ndarray, reading: str) -> Any:
         """Return FAISS's index; where a beam is named, it is that in which the documents' codes are chosen."""
