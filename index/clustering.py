@@ -57,10 +57,12 @@ class FaissFit:
         rotate: bool,
         on_residuals: bool,
         seed: int,
+        leave_one_out: bool = False,
     ) -> tuple[Float[Tensor, "D D"] | None, Float[Tensor, "J D"], Float[Tensor, "M K S"]]:
         """Return OPQ rotation (None unless `rotate`), k-means centroids, and PQ codebooks of the residuals.
 
-        In the order of FAISS's `OPQ{M},IVF{J},PQ{M}`; unless `on_residuals` the codebooks fit the whole vectors.
+        In the order of FAISS's `OPQ{M},IVF{J},PQ{M}`; unless `on_residuals` the codebooks fit the whole vectors. With
+        `leave_one_out` the centroids are those of `index.leave_one_out`, and the residuals what they leave there.
         """
         x = np.ascontiguousarray(sample.numpy(), dtype=np.float32)
         rotation = None
@@ -68,6 +70,9 @@ class FaissFit:
             rotation = self._rotation(x, num_codebooks, codebook_bits, seed)
             x = np.ascontiguousarray(x @ rotation.T)
         centroids, rest = self._lists(x, num_lists, seed)
+        if leave_one_out:
+            lists, left = fit_step(torch.from_numpy(x)[:, None], torch.from_numpy(centroids), 1)
+            centroids, rest = lists.numpy(), left[:, 0].numpy()
         residuals = rest if on_residuals else x
         codebooks = self._codebooks(residuals, num_codebooks, codebook_bits, seed)
         return (

@@ -111,10 +111,12 @@ class QuantizerFit(Protocol):
         rotate: bool,
         on_residuals: bool,
         seed: int,
+        leave_one_out: bool = False,
     ) -> tuple[Float[Tensor, "D D"] | None, Float[Tensor, "J D"], Float[Tensor, "M K S"]]:
         """Return rotation (None unless `rotate`), coarse centroids and codebooks, both in the rotated space.
 
-        The codebooks fit the residuals to the nearest centroids, or whole vectors unless `on_residuals`.
+        The codebooks fit the residuals to the nearest centroids, or whole vectors unless `on_residuals`. With
+        `leave_one_out` no document of the sample has a part in the centroid that it is held against.
         """
         ...
 

@@ -42,6 +42,8 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
         list_structure: Every centroid is a vector of its own ("free"), or a sum S_i + alpha_ij T_j of two codebooks
             ("gno_imi", GNO-IMI; "no_imi" with alpha = 1), which makes K squared lists of 2 K vectors.
         residual_start: Fit the codebooks to residuals; false fits them to whole vectors, as Poeem released.
+        leave_one_out: Start from centroids that are fitted to what they would leave of documents that had no part in
+            them, and from codebooks of that, as `ResidualQuantizerConfig.leave_one_out`.
     """
 
     name: ClassVar[str] = "ivfpq"
@@ -50,10 +52,16 @@ class IVFProductQuantizerConfig(ProductQuantizerConfig):
     list_assignment: AssignmentName = "live"
     list_structure: ListStructure = "free"
     residual_start: bool = True
+    leave_one_out: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_lists(self.num_lists, self.list_assignment, self.list_structure)
+        if self.leave_one_out and (self.list_structure != "free" or self.start == "uniform"):
+            raise InputError(
+                f"leave_one_out is for fitted centroids of their own, got list_structure={self.list_structure} and "
+                f"start={self.start}. Set leave_one_out false, or list_structure free and start fit."
+            )
         if self.list_assignment != "live" and ROTATIONS[self.rotation].learned:
             raise InputError(
                 f"list_assignment {self.list_assignment!r} keeps lists only behind a fixed rotation, got "
@@ -190,6 +198,7 @@ class IVFProductQuantizer(InvertedListHead):
                 rotate=self._config.rotation != "none",
                 on_residuals=self._config.residual_start,
                 seed=seed,
+                leave_one_out=self._config.leave_one_out,
             )
             self.coarse.start(centroids[None])
         self.fine.start(codebooks)

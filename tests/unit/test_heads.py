@@ -224,6 +224,7 @@ class RandomFit:
         rotate: bool,
         on_residuals: bool,
         seed: int,
+        leave_one_out: bool = False,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         rotation = orthonormal(sample.shape[1], seed) if rotate else None
         z = sample if rotation is None else sample @ rotation.T

@@ -5,6 +5,7 @@ Shapes: n documents, B sums, D dimensions, K codewords, M codebooks.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch import Tensor
 
 from index import FaissFit
 from index.leave_one_out import fit_step, fit_sums
+from retriever import InputError
 from retriever.heads import (
     CompressionHead,
+    HeadConfig,
+    IVFProductQuantizerConfig,
     IVFResidualQuantizerConfig,
     ResidualQuantizerConfig,
 )
@@ -88,13 +92,8 @@ def test_as_many_codewords_as_documents_are_finite() -> None:
     assert fit_sums(x[:, None], **SIZE, beam=5, seed=0).isfinite().all()
 
 
-def make_head(leave_one_out: bool, lists: bool, seed: int) -> CompressionHead:
+def make_head(config: HeadConfig, seed: int) -> CompressionHead:
     """Return a head that starts from a sample."""
-    config = (
-        IVFResidualQuantizerConfig(**SIZE, leave_one_out=leave_one_out, num_lists=J, list_beam=5)
-        if lists
-        else ResidualQuantizerConfig(**SIZE, leave_one_out=leave_one_out)
-    )
     head = config.build(D)
     head.warm_start(make_vectors(seed), FaissFit(), seed)
     return head
@@ -105,14 +104,27 @@ def squared_error(head: CompressionHead, x: Tensor) -> float:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("lists", "share"), [(False, 1.0), (True, 0.97)])
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (ResidualQuantizerConfig(**SIZE), 1.0),
+        (IVFResidualQuantizerConfig(**SIZE, num_lists=J, list_beam=5), 0.97),
+        (IVFProductQuantizerConfig(num_codebooks=4, codebook_bits=BITS, num_lists=100), 0.98),
+    ],
+)
 def test_documents_to_come_are_described_better_than_by_faisss_fit(
-    seed: int, lists: bool, share: float
+    config: HeadConfig, share: float, seed: int
 ) -> None:
     known, others = make_vectors(seed), make_vectors(seed + 100, 4000)
-    ours, theirs = make_head(True, lists, seed), make_head(False, lists, seed)
+    ours, theirs = make_head(replace(config, leave_one_out=True), seed), make_head(config, seed)  # type: ignore[call-arg]
     assert squared_error(ours, others) < share * squared_error(theirs, others)
     assert squared_error(ours, known) > squared_error(theirs, known)
+
+
+@pytest.mark.parametrize("options", [{"list_structure": "gno_imi"}, {"start": "uniform"}])
+def test_lists_that_are_not_fitted_alone_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="leave_one_out is for fitted centroids"):
+        IVFProductQuantizerConfig(num_codebooks=4, num_lists=64, leave_one_out=True, **options)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
