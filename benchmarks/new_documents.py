@@ -6,7 +6,7 @@ by that, whatever the codes are worth. Here the corpus is the judged documents a
 runs are those of `quality.py` (same options and --out), and nothing is trained or fitted that is there.
 
   dense control        its vectors, exact
-  FAISS ...            fitted without the judged documents, which are then all that is added
+  FAISS ...            fitted without the judged documents, which are then all that is added; --systems names others
   endex                the trained recipe, exported with these documents alone
 
 `kept` is nDCG@10 as a share of the control's in this corpus; `gain` that of `endex` over the best of FAISS's rows that
@@ -29,7 +29,7 @@ from index._faiss import load_faiss
 from training import evaluate_index, measure
 
 READING = "blind"
-RIVALS = ("FAISS OPQ", "FAISS RQ, decoded", "FAISS RQ, reduced, lists, wide beam")
+RIVALS = ("FAISS OPQ", "FAISS RQ, reduced, lists, wide beam")
 SHOWN = ("system", "bytes", "ndcg@10", "mrr@10", "recall@10", "kept", "gain", "p")
 
 
@@ -64,7 +64,7 @@ class NewDocuments(QualityStudy):
         flat.add(x[~seen])
         built: list[tuple[str, int, Any]] = [(DENSE, 0, flat)]
         for size in self.options.bytes:
-            for name in RIVALS:
+            for name in self.options.systems or RIVALS:
                 fitted = load_faiss().clone_index(self._fitted(self._factories(size)[name], x, reading))
                 fitted.reset()
                 fitted.add(x[~seen])
