@@ -33,7 +33,7 @@ from ir_measures import nDCG
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from index import FaissFit, IndexConfig, Searcher, export_index
+from index import ExportReport, FaissFit, IndexConfig, Searcher, export_index
 from index._faiss import load_faiss
 from launch.plot import plot_probes
 from retriever import (
@@ -197,19 +197,8 @@ class Study:
             head=self._sized(recipe.head, size),
         )
         model = self._fit(experiment)
-        documents = list(self.data.documents.values())
-        report = export_index(
-            model,
-            documents,
-            folder / "index",
-            config=self._index(experiment.head),
-            precision=self.options.precision,
-            progress=False,
-            store_texts=False,
-            overwrite=True,
-        )
-        searcher = Searcher(folder / "index").to(DEVICE)
-        result: Result = {"file_bytes": report.index_bytes / len(documents)}
+        report, searcher = self._export(model, experiment.head, folder / "index")
+        result: Result = {"file_bytes": report.index_bytes / len(self.data.documents)}
         if lists := getattr(innermost(experiment.head), "num_lists", 0):
             for probes in PROBES:
                 searcher.probe(probes)
@@ -219,6 +208,20 @@ class Study:
             searcher.probe(lists)
         metrics, run = evaluate_index(searcher, self.data, precision=self.options.precision)
         return {**result, **metrics, "per_query": self._per_query(run)}
+
+    def _export(self, model: Path, head: HeadConfig, folder: Path) -> tuple[ExportReport, Searcher]:
+        """Export a trained model with the documents, and open the index."""
+        report = export_index(
+            model,
+            list(self.data.documents.values()),
+            folder,
+            config=self._index(head),
+            precision=self.options.precision,
+            progress=False,
+            store_texts=False,
+            overwrite=True,
+        )
+        return report, Searcher(folder).to(DEVICE)
 
     def _recipe(self, method: str) -> Experiment:
         return load_experiment(Path(f"configs/{method}.yaml"))
@@ -246,8 +249,7 @@ class Study:
                     "recall@100"
                 ]
             inner.nprobe = inner.nlist
-        run = self._run(built, q)
-        return {**result, **measure(self.data.qrels, run), "per_query": self._per_query(run)}
+        return {**result, **self._measured(self._run(built, q))}
 
     def _fitted(self, name: str, x: np.ndarray, reading: str) -> Any:
         """Return FAISS's index of all vectors, fitted once."""
@@ -269,8 +271,7 @@ class Study:
     def _dense_row(self, vectors: dict[str, Tensor]) -> Result:
         flat = load_faiss().IndexFlatIP(vectors["documents"].shape[1])
         flat.add(vectors["documents"].numpy())
-        run = self._run(flat, vectors["queries"].numpy())
-        return {**measure(self.data.qrels, run), "per_query": self._per_query(run)}
+        return self._measured(self._run(flat, vectors["queries"].numpy()))
 
     def _run(self, built: Any, queries: np.ndarray) -> dict[str, dict[str, float]]:
         """Search a FAISS index."""
@@ -281,6 +282,10 @@ class Study:
             name: dict(zip(ids[found[found >= 0]], map(float, value), strict=False))
             for name, found, value in zip(self.data.qrels, rows, scores, strict=True)
         }
+
+    def _measured(self, run: dict[str, dict[str, float]]) -> Result:
+        """Return the measures of a run, over all queries and by query."""
+        return {**measure(self.data.qrels, run), "per_query": self._per_query(run)}
 
     def _per_query(self, run: dict[str, dict[str, float]]) -> dict[str, float]:
         found = ir_measures.iter_calc([nDCG @ 10], self.data.qrels, run)

@@ -21,12 +21,11 @@ from typing import Any
 
 import common
 import numpy as np
-from methods import DEVICE, Result, innermost
+from methods import Result, innermost
 from quality import DENSE, ENDEX, QualityStudy, parse
 
-from index import Searcher, export_index
 from index._faiss import load_faiss
-from training import evaluate_index, measure
+from training import evaluate_index
 
 READING = "blind"
 RIVALS = ("FAISS OPQ", "FAISS RQ, reduced, lists, wide beam")
@@ -90,24 +89,11 @@ class NewDocuments(QualityStudy):
         model, head = folder / "run" / "last", self._recipe(ENDEX).head
         if not model.is_dir():
             raise SystemExit(f"{model} is not there. Run benchmarks/quality.py with these options first.")
-        export_index(
-            model,
-            list(self.data.documents.values()),
-            folder / "index-new",
-            config=self._index(head),
-            precision=self.options.precision,
-            progress=False,
-            store_texts=False,
-            overwrite=True,
-        )
-        searcher = Searcher(folder / "index-new").to(DEVICE)
+        _, searcher = self._export(model, head, folder / "index-new")
         if lists := getattr(innermost(head), "num_lists", 0):
             searcher.probe(lists)
-        _, run = evaluate_index(searcher, self.data, precision=self.options.precision)
-        return {"system": ENDEX, "bytes": size, **self._measured(run)}
-
-    def _measured(self, run: dict[str, dict[str, float]]) -> Result:
-        return {**measure(self.data.qrels, run), "per_query": self._per_query(run)}
+        metrics, run = evaluate_index(searcher, self.data, precision=self.options.precision)
+        return {"system": ENDEX, "bytes": size, **metrics, "per_query": self._per_query(run)}
 
 
 if __name__ == "__main__":

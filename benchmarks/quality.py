@@ -56,7 +56,7 @@ from index._faiss import load_faiss
 from launch.plot import plot_sizes
 from retriever import DualEncoderConfig
 from retriever.heads import HeadConfig, NoCompressionConfig, PCAConfig, ResidualQuantizerConfig
-from training import Experiment, load_experiment, measure
+from training import Experiment, load_experiment
 
 ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "zero-shot"
 BOUND = "Gaussian bound"
@@ -262,8 +262,7 @@ class QualityStudy(Study):
         y = kept * ((x - mean) @ directions) + (level * kept).sqrt() * noise
         flat = load_faiss().IndexFlatL2(x.shape[1])
         flat.add((y @ directions.T + mean).float().numpy())
-        run = self._run(flat, vectors["queries"].numpy())
-        return {**measure(self.data.qrels, run), "per_query": self._per_query(run)}
+        return self._measured(self._run(flat, vectors["queries"].numpy()))
 
     def _compare(self, rows: Sequence[Result]) -> None:
         """Add what a row keeps of the control, and how far Endex is from the best of FAISS of its size."""
