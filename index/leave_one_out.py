@@ -23,7 +23,7 @@ from retriever.heads.residual import gather_rows, squared_distances
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-__all__ = ["fit_step", "fit_sums", "progressive_centroids"]
+__all__ = ["fit_step", "fit_sums"]
 
 TABLE = 1 << 24  # entries of the (documents, B, K) table of distances
 TINY = 1e-30
@@ -43,10 +43,8 @@ def fit_sums(
     """
     books = []
     for step in range(num_codebooks):
-        rows = residuals.flatten(0, 1)
-        words, residuals = fit_step(
-            residuals, progressive_centroids(rows, 2**codebook_bits, seed + step), beam
-        )
+        centroids = _progressive_centroids(residuals.flatten(0, 1), 2**codebook_bits, seed + step)
+        words, residuals = fit_step(residuals, centroids, beam)
         books.append(words)
     return torch.stack(books)
 
@@ -76,7 +74,7 @@ def fit_step(
     return shrink * words, parents - shrink * chosen
 
 
-def progressive_centroids(x: Float[Tensor, "n D"], count: int, seed: int) -> Float[Tensor, "K D"]:
+def _progressive_centroids(x: Float[Tensor, "n D"], count: int, seed: int) -> Float[Tensor, "K D"]:
     """Return k-means centroids, found in the first principal components and then in more, as FAISS's RQ does."""
     faiss = load_faiss()
     rows = np.ascontiguousarray(x.numpy(), dtype=np.float32)

@@ -8,7 +8,7 @@ A document's codes are its list number and M codewords.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -173,24 +173,18 @@ class IVFResidualQuantizer(InvertedListHead):
         """
         self._config.check_sample(len(sample))
         sample = sample.float().cpu()
-        size = {
+        options: dict[str, Any] = {
             "num_codebooks": self._config.num_codebooks,
             "codebook_bits": self.code_bits,
             "beam": self._config.beam,
             "seed": seed,
+            "leave_one_out": self._config.leave_one_out,
         }
-        held_out = self._config.leave_one_out
         if isinstance(self.coarse, Cells):
-            codebooks = fit.additive_codebooks(
-                self.coarse.fit(sample, fit, seed), **size, leave_one_out=held_out
-            )
+            codebooks = fit.additive_codebooks(self.coarse.fit(sample, fit, seed), **options)
         else:
             centroids, codebooks = fit.coarse_additive_codebooks(
-                sample,
-                num_lists=self._config.num_lists,
-                **size,
-                leave_one_out=held_out,
-                list_beam=self._config.list_beam,
+                sample, num_lists=self._config.num_lists, list_beam=self._config.list_beam, **options
             )
             self.coarse.start(centroids[None])
         self.fine.start(codebooks)
