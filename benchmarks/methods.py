@@ -273,9 +273,11 @@ class Study:
         flat.add(vectors["documents"].numpy())
         return self._measured(self._run(flat, vectors["queries"].numpy()))
 
-    def _run(self, built: Any, queries: np.ndarray) -> dict[str, dict[str, float]]:
-        """Search a FAISS index."""
-        ids = np.array(list(self.data.documents), dtype=object)
+    def _run(
+        self, built: Any, queries: np.ndarray, names: Sequence[str] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Search a FAISS index of all documents, or of those of other names."""
+        ids = np.array(list(self.data.documents if names is None else names), dtype=object)
         values, rows = built.search(queries, 100)
         scores = -values if built.metric_type == load_faiss().METRIC_L2 else values
         return {

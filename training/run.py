@@ -170,14 +170,8 @@ class TrainingRun:
 
     def warm_start(self) -> None:
         """Give the head its starting values from the current vectors of a sample of documents, and of queries."""
-        documents = [self.data.documents[name] for name in self._sample(self._warm_start_ids())]
-        if self.corpus is None or self.corpus.vectors is None:
-            vectors = self.embed(documents)
-        else:
-            keys = torch.tensor([document_key(document.id) for document in documents])
-            vectors = self.corpus.vectors[self.corpus.rows(keys)]
+        vectors, queries = self.warm_start_samples()
         head = self.model.head
-        queries = self._warm_start_queries(documents)
         if self.accelerator.is_main_process:
             head.warm_start_to_rank(vectors, queries, self.quantizer_fit, self.experiment.seed)
         if self.processes > 1:
@@ -185,6 +179,16 @@ class TrainingRun:
                 torch.distributed.broadcast(value, 0)
         self.loss.start(vectors, self.experiment.seed)
         self.candidates.start(self.model, self.embed)
+
+    def warm_start_samples(self) -> tuple[Tensor, list[Tensor]]:
+        """Return what `CompressionHead.warm_start_to_rank` takes: the current vectors of documents, and of queries."""
+        documents = [self.data.documents[name] for name in self._sample(self._warm_start_ids())]
+        if self.corpus is None or self.corpus.vectors is None:
+            vectors = self.embed(documents)
+        else:
+            keys = torch.tensor([document_key(document.id) for document in documents])
+            vectors = self.corpus.vectors[self.corpus.rows(keys)]
+        return vectors, self._warm_start_queries(documents)
 
     def _warm_start_queries(self, documents: Sequence[Document]) -> list[Tensor]:
         """Return the current vectors of training queries, and of crops of the documents where the head wants them."""
