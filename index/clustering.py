@@ -69,10 +69,12 @@ class FaissFit:
         if rotate:
             rotation = self._rotation(x, num_codebooks, codebook_bits, seed)
             x = np.ascontiguousarray(x @ rotation.T)
-        centroids, rest = self._lists(x, num_lists, seed)
+        centroids = self._lists(x, num_lists, seed)
         if leave_one_out:
             lists, left = fit_step(torch.from_numpy(x)[:, None], torch.from_numpy(centroids), 1)
             centroids, rest = lists.numpy(), left[:, 0].numpy()
+        else:
+            rest = _residuals(x, centroids)
         residuals = rest if on_residuals else x
         codebooks = self._codebooks(residuals, num_codebooks, codebook_bits, seed)
         return (
@@ -116,24 +118,22 @@ class FaissFit:
         codebooks for the residuals to the `list_beam` nearest centroids.
         """
         x = np.ascontiguousarray(sample.numpy(), dtype=np.float32)
-        centroids, rest = self._lists(x, num_lists, seed)
+        centroids = self._lists(x, num_lists, seed)
         if leave_one_out:
             size = {"num_codebooks": num_codebooks, "codebook_bits": codebook_bits}
             lists, left = fit_step(sample.float()[:, None], torch.from_numpy(centroids), list_beam)
             return lists, fit_sums(left, **size, beam=beam, seed=seed)
-        codebooks = self._sums(rest, num_codebooks, codebook_bits, beam, seed)
+        codebooks = self._sums(_residuals(x, centroids), num_codebooks, codebook_bits, beam, seed)
         return torch.from_numpy(centroids), torch.from_numpy(codebooks)
 
-    def _lists(
-        self, x: NDArray[np.float32], num_lists: int, seed: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return k-means centroids, (J, D), and the residuals to the nearest ones, (n, D)."""
+    def _lists(self, x: NDArray[np.float32], num_lists: int, seed: int) -> NDArray[np.float32]:
+        """Return k-means centroids, (J, D)."""
         kmeans = load_faiss().Kmeans(
             x.shape[1], num_lists, niter=self.kmeans_iterations, seed=seed, min_points_per_centroid=1
         )
         kmeans.train(x)
         centroids: NDArray[np.float32] = kmeans.centroids
-        return centroids, x - centroids[kmeans.index.search(x, 1)[1][:, 0]]
+        return centroids
 
     def _sums(
         self, x: NDArray[np.float32], num_codebooks: int, codebook_bits: int, beam: int, seed: int
@@ -178,6 +178,13 @@ class FaissFit:
         pq.train(np.ascontiguousarray(x))
         codewords: NDArray[np.float32] = faiss.vector_to_array(pq.centroids)
         return codewords.reshape(num_codebooks, 2**codebook_bits, -1)
+
+
+def _residuals(x: NDArray[np.float32], centroids: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return what the nearest centroids leave, (n, D)."""
+    _, nearest = load_faiss().knn(x, centroids, 1)
+    rest: NDArray[np.float32] = x - centroids[nearest[:, 0]]
+    return rest
 
 
 def _quieten(quantizer: object, seed: int) -> None:
