@@ -18,7 +18,7 @@ import common
 import numpy as np
 import torch
 from methods import Result, innermost, shorten, study_parser
-from quality import ENDEX, RECIPES, QualityStudy, additive_factory
+from quality import ENDEX, RECIPES, QualityStudy, additive_factory, seeded
 
 from index._faiss import load_faiss
 from retriever import DualEncoder, embed_documents, read_data
@@ -35,10 +35,9 @@ def main() -> None:
     if options.quick:
         shorten(options)
         options.documents = 1500
-    options.out = options.out / f"seed-{options.seed}"
     rows: list[Result] = []
     for source in options.data:
-        study = GeneralisationStudy(source, options)
+        study = GeneralisationStudy(source, seeded(options, options.seed))
         for size in options.bytes:
             found = study.rows(size)
             common.print_table(f"{study.name}, blind, {size} bytes, seed {options.seed}", found)

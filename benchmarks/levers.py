@@ -17,7 +17,6 @@ with --split dev, which is the default here.
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from methods import Result, shorten, study_parser
 from numpy.typing import NDArray
-from quality import COMPONENTS, ENDEX, RECIPES, QualityStudy
+from quality import COMPONENTS, ENDEX, RECIPES, QualityStudy, seeded
 from torch import Tensor
 
 from index._faiss import load_faiss
@@ -67,9 +66,7 @@ def main() -> None:
     rows: list[Result] = []
     for source in options.data:
         for seed in options.seeds:
-            own = copy.copy(options)
-            own.seed, own.out = seed, options.out / f"seed-{seed}"
-            study = LeverStudy(source, own)
+            study = LeverStudy(source, seeded(options, seed))
             for size in options.bytes:
                 rows += [
                     {"data": source.name, "bytes": size, "seed": seed, **row} for row in study.rows(size)

@@ -15,14 +15,13 @@ are here, with its 95 % interval and two-sided p (paired by query, normal).
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
 import common
 import numpy as np
 from methods import Result, innermost
-from quality import DENSE, ENDEX, QualityStudy, parse
+from quality import DENSE, ENDEX, QualityStudy, parse, seeded
 
 from index._faiss import load_faiss
 from training import evaluate_index
@@ -37,9 +36,7 @@ def main() -> None:
     rows: list[Result] = []
     for source in options.data:
         for seed in options.seeds:
-            own = copy.copy(options)
-            own.seed, own.out = seed, options.out / f"seed-{seed}"
-            found = NewDocuments(source, own).table(READING)
+            found = NewDocuments(source, seeded(options, seed)).table(READING)
             rows += [{**row, "data": source.name, "seed": seed} for row in found]
     for row in rows:
         row.pop("per_query", None)

@@ -36,7 +36,6 @@ the other systems a command shows what is there.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -78,9 +77,7 @@ def main() -> None:
     started, studies = time.monotonic(), len(options.data) * len(options.seeds)
     for number, source in enumerate(source for source in options.data for _ in options.seeds):
         seed = options.seeds[number % len(options.seeds)]
-        own = copy.copy(options)
-        own.seed, own.out = seed, options.out / f"{'no-queries' if options.no_queries else 'seed'}-{seed}"
-        study = QualityStudy(source, own)
+        study = QualityStudy(source, seeded(options, seed))
         for reading in options.readings:
             rows += [{**row, "seed": seed} for row in study.table(reading)]
         left = (time.monotonic() - started) / (number + 1) * (studies - number - 1)
@@ -113,6 +110,12 @@ def parse(description: str | None) -> argparse.Namespace:
     if unknown := set(options.bytes) - set(COMPONENTS):
         parser.error(f"--bytes must be of {', '.join(map(str, COMPONENTS))}, got {min(unknown)}.")
     return options
+
+
+def seeded(options: argparse.Namespace, seed: int) -> argparse.Namespace:
+    """Return the options of one seed, whose runs have a folder of their own."""
+    folder = options.out / f"{'no-queries' if options.no_queries else 'seed'}-{seed}"
+    return argparse.Namespace(**{**vars(options), "seed": seed, "out": folder})
 
 
 class QualityStudy(Study):
