@@ -32,6 +32,7 @@ def main() -> None:
     parser = study_parser(__doc__, start_steps=210, steps=90, out="runs/quality")
     options = parser.parse_args()
     options.recipes, options.no_queries, options.readings = RECIPES, False, ("blind",)
+    options.components = None
     if options.quick:
         shorten(options)
         options.documents = 1500

@@ -88,7 +88,7 @@ def parse() -> argparse.Namespace:
         "--seeds", type=int, nargs="+", default=(0,), help="seeds of the start and of the fits"
     )
     options = parser.parse_args()
-    options.recipes, options.no_queries = (options.recipe,), False
+    options.recipes, options.no_queries, options.components = (options.recipe,), False, None
     if options.quick:
         shorten(options)
         options.documents, options.seeds, options.changes = 1500, (0,), ("query_weight=0",)

@@ -100,6 +100,9 @@ def parse(description: str | None) -> argparse.Namespace:
         "--recipes", type=Path, nargs="+", default=RECIPES, help="what is trained; the first is `endex`"
     )
     parser.add_argument("--systems", nargs="+", help="names of the rows that are computed; by default all")
+    parser.add_argument(
+        "--components", type=int, help="kept by recipes of residual codes; by default so many as go with --bytes"
+    )
     parser.add_argument("--no_queries", action="store_true", help="train on the documents alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of training and fitting")
     parser.add_argument("--plot", type=Path, help="folder for nDCG@10 against bytes, a PNG a set and reading")
@@ -211,7 +214,8 @@ class QualityStudy(Study):
 
     def _sized(self, head: HeadConfig, size: int) -> HeadConfig:
         if isinstance(head, PCAConfig):
-            kept = (COMPONENTS_ADDITIVE if _is_additive(head) else COMPONENTS)[size]
+            additive = self.options.components or COMPONENTS_ADDITIVE[size]
+            kept = additive if _is_additive(head) else COMPONENTS[size]
             return replace(head, components=kept, inner=self._sized(head.inner, size))  # type: ignore[arg-type]
         if _is_additive(head):
             return replace(head, num_codebooks=size)  # type: ignore[call-arg]
