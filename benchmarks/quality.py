@@ -101,7 +101,9 @@ def parse(description: str | None) -> argparse.Namespace:
     )
     parser.add_argument("--systems", nargs="+", help="names of the rows that are computed; by default all")
     parser.add_argument(
-        "--components", type=int, help="kept by recipes of residual codes; by default so many as go with --bytes"
+        "--components",
+        type=int,
+        help="kept by recipes of residual codes; by default so many as go with --bytes",
     )
     parser.add_argument("--no_queries", action="store_true", help="train on the documents alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of training and fitting")
