@@ -27,11 +27,9 @@ import common
 import numpy as np
 import torch
 from methods import Result, shorten, study_parser
-from numpy.typing import NDArray
-from quality import COMPONENTS, ENDEX, RECIPES, QualityStudy, seeded
+from quality import ENDEX, RECIPES, QualityStudy, refuse_other_sizes, seeded
 from torch import Tensor
 
-from index._faiss import load_faiss
 from retriever.heads import CompressionHead, HeadConfig
 from training import dump_experiment, parse_experiment
 from training.run import TrainingRun
@@ -92,8 +90,7 @@ def parse() -> argparse.Namespace:
     if options.quick:
         shorten(options)
         options.documents, options.seeds, options.changes = 1500, (0,), ("query_weight=0",)
-    if unknown := set(options.bytes) - set(COMPONENTS):
-        parser.error(f"--bytes must be of {', '.join(map(str, COMPONENTS))}, got {min(unknown)}.")
+    refuse_other_sizes(parser, options)
     return options
 
 
@@ -109,44 +106,42 @@ class LeverStudy(QualityStudy):
 
     def rows(self, size: int) -> list[Result]:
         """Return a row of the dense start, one of the recipe, and one of every change."""
+        recipe, path = self._recipe(ENDEX), self.out / f"recipe-{size}.yaml"
+        sized = replace(recipe, head=self._sized(recipe.head, size))
+        path.write_text(dump_experiment(sized), encoding="utf-8")
         dense = self._dense_row(self.vectors)
-        rows = [{"system": DENSE_START, "ndcg@10": dense["ndcg@10"]}, self._row(size, "")]
+        rows = [{"system": DENSE_START, "ndcg@10": dense["ndcg@10"]}, self._row(path, "")]
         first = rows[-1]
         for change in self.options.changes:
-            row = self._row(size, change)
+            row = self._row(path, change)
             gain = self._gain(row, first)
             rows.append({**row, "change": gain["difference"], "p": gain["p"]})
         return [{name: value for name, value in row.items() if name != "per_query"} for row in rows]
 
-    def _row(self, size: int, change: str) -> Result:
-        print(f"{self.name}, {size} bytes, seed {self.options.seed}, {change or AS_IT_IS}", flush=True)
+    def _row(self, path: Path, change: str) -> Result:
+        print(f"{self.name}, {path.stem}, seed {self.options.seed}, {change or AS_IT_IS}", flush=True)
         began = time.perf_counter()
-        head = self._started(size, change).eval()
+        head = self._started(path, change).eval()
         seconds = common.seconds_since(began)
         x, q = (head.map_queries(self.vectors[name]) for name in ("documents", "queries"))
         with torch.inference_mode():
             decoded = head.decode(head.encode(self.vectors["documents"]))
         error = ((x - decoded).square().sum(1) / x.square().sum(1).mean()).numpy()
         new = [name for name in self.data.documents if name in self.judged]
-        found = self._search(decoded, q)
+        found = self._search_exactly(decoded, q)
         return {
             "system": change or AS_IT_IS,
             "ndcg@10": found["ndcg@10"],
-            "unquantized": self._search(x, q)["ndcg@10"],
-            "new documents": self._search(decoded[~self.known], q, new)["ndcg@10"],
+            "unquantized": self._search_exactly(x, q)["ndcg@10"],
+            "new documents": self._search_exactly(decoded[~self.known], q, new)["ndcg@10"],
             "error seen": float(error[self.known].mean()),
             "error unseen": float(error[~self.known].mean()),
             "seconds": seconds,
             "per_query": found["per_query"],
         }
 
-    def _started(self, size: int, change: str) -> CompressionHead:
+    def _started(self, path: Path, change: str) -> CompressionHead:
         """Return the head that a run of the recipe starts with."""
-        recipe = self._recipe(ENDEX)
-        path = self.out / f"recipe-{size}.yaml"
-        path.write_text(
-            dump_experiment(replace(recipe, head=self._sized(recipe.head, size))), encoding="utf-8"
-        )
         changed = parse_experiment(
             ["--config", str(path), *(f"--head.{setting}" for setting in change.split())]
         )
@@ -164,15 +159,6 @@ class LeverStudy(QualityStudy):
             run = TrainingRun(experiment, self._shared_fit, self._start_vectors(self.start))
             self._samples[key] = run.warm_start_samples()
         return self._samples[key]
-
-    def _search(self, documents: Tensor, queries: Tensor, names: Sequence[str] | None = None) -> Result:
-        flat = load_faiss().IndexFlatL2(documents.shape[1])
-        flat.add(_rows(documents))
-        return self._measured(self._run(flat, _rows(queries), names))
-
-
-def _rows(x: Tensor) -> NDArray[np.float32]:
-    return x.detach().float().contiguous().numpy()
 
 
 def summarize(rows: Sequence[Result]) -> list[Result]:

@@ -112,9 +112,14 @@ def parse(description: str | None) -> argparse.Namespace:
     if options.quick:
         shorten(options)
         options.documents, options.seeds = 1500, (0,)  # the recipe's lists want 1,024 at least
+    refuse_other_sizes(parser, options)
+    return options
+
+
+def refuse_other_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the command if it asks for bytes of which nobody has said how many components they want."""
     if unknown := set(options.bytes) - set(COMPONENTS):
         parser.error(f"--bytes must be of {', '.join(map(str, COMPONENTS))}, got {min(unknown)}.")
-    return options
 
 
 def seeded(options: argparse.Namespace, seed: int) -> argparse.Namespace:
@@ -216,8 +221,8 @@ class QualityStudy(Study):
 
     def _sized(self, head: HeadConfig, size: int) -> HeadConfig:
         if isinstance(head, PCAConfig):
-            additive = self.options.components or COMPONENTS_ADDITIVE[size]
-            kept = additive if _is_additive(head) else COMPONENTS[size]
+            wanted = self.options.components or COMPONENTS_ADDITIVE[size]
+            kept = wanted if _is_additive(head) else COMPONENTS[size]
             return replace(head, components=kept, inner=self._sized(head.inner, size))  # type: ignore[arg-type]
         if _is_additive(head):
             return replace(head, num_codebooks=size)  # type: ignore[call-arg]
@@ -269,9 +274,16 @@ class QualityStudy(Study):
             x.shape, generator=torch.Generator().manual_seed(self.options.seed), dtype=x.dtype
         )
         y = kept * ((x - mean) @ directions) + (level * kept).sqrt() * noise
+        return self._search_exactly(y @ directions.T + mean, vectors["queries"])
+
+    def _search_exactly(
+        self, documents: Tensor, queries: Tensor, names: Sequence[str] | None = None
+    ) -> Result:
+        """Return the measures of decoded documents by L2; all of them, or those of `names`."""
+        x, q = (rows.detach().float().contiguous().numpy() for rows in (documents, queries))
         flat = load_faiss().IndexFlatL2(x.shape[1])
-        flat.add((y @ directions.T + mean).float().numpy())
-        return self._measured(self._run(flat, vectors["queries"].numpy()))
+        flat.add(x)
+        return self._measured(self._run(flat, q, names))
 
     def _compare(self, rows: Sequence[Result]) -> None:
         """Add what a row keeps of the control, and how far Endex is from the best of FAISS of its size."""

@@ -51,7 +51,7 @@ class ResidualQuantizerConfig(HeadConfig):
         restart_window: Training documents a codeword, on average, after which unused codewords are restarted.
         leave_one_out: Start from codewords that are fitted to what they would leave of documents that had no part in
             them, instead of FAISS's, which are nearer to the documents of the warm start and farther from others. For
-            an index to which documents are added; the warm start takes 1.2 times as long.
+            an index to which documents are added; the warm start takes a little longer.
     """
 
     name: ClassVar[str] = "rq"
