@@ -144,6 +144,7 @@ class Study:
         whole = read_data(source, options.split)
         self.data = select_evaluation(whole, queries=options.queries, documents=options.documents)
         self.judged = {document for row in self.data.qrels.values() for document in row}
+        self._evaluated = "train" if options.split == "dev" else "dev"  # what is judged is not in the folders
         train, dev = (read_data(source, split).qrels for split in ("train", "dev"))
         for reading in ("blind", "fitted"):
             self._write_folder(self.out / f"data-{reading}", reading == "blind", train, dev)
@@ -357,7 +358,7 @@ class Study:
             recipe,
             output=str(folder / "run"),
             model=replace(recipe.model, encoder=encoder),
-            data=replace(recipe.data, source=source),
+            data=replace(recipe.data, source=source, evaluation_split=self._evaluated),
             optimization=replace(
                 recipe.optimization,
                 steps=pairs // recipe.optimization.batch_size,
