@@ -14,7 +14,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -103,7 +104,7 @@ FEW = [  # every loss and every head once
     *(("mcl", head) for head in HEADS if head not in ("pq-softmax", "cnt-softmax")),
 ]
 BLOCK = 250  # scores at a time: those of five queries, so that five blocks make a batch
-TOLERANCE = 2e-6  # of the length of a parameter's gradient
+TOLERANCE = 1e-12  # of the length of a parameter's gradient, in float64
 
 
 @dataclass(frozen=True)
@@ -223,8 +224,28 @@ def make_run(case: Case, seed: int) -> Any:
     )
 
 
+@contextmanager
+def float64() -> Iterator[None]:
+    """Compute in float64 what asks for float32, so that rounding cannot hide an error, or look like one."""
+    default, single = torch.get_default_dtype(), Tensor.float
+    torch.set_default_dtype(torch.float64)
+    Tensor.float = Tensor.double  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+        Tensor.float = single  # type: ignore[method-assign]
+
+
 def step(case: Case, seed: int) -> dict[str, Tensor]:
     """Return the loss and the gradients by name of a step, averaged over processes as DDP does."""
+    if case.precision != "no":
+        return _step(case, seed)
+    with float64():
+        return _step(case, seed)
+
+
+def _step(case: Case, seed: int) -> dict[str, Tensor]:
     run = make_run(case, seed)
     size = B // (case.accumulation * run.processes)
     one_round = (ChunkedRound if case.chunk else WholeRound)(run)
@@ -251,7 +272,6 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float,
     """Return the largest distance relative to the length of what is expected, and where it is."""
     assert found.keys() == expected.keys()
     lengths = {name: max(value.norm().item(), 1e-6) for name, value in expected.items()}
-    lengths |= {n: 10 * length for n, length in lengths.items() if "coarse" in n}  # its parts nearly cancel
     moved = [
         name for name in expected if not name.endswith("embed.linear.bias")
     ]  # 0: a batch norm takes it out again
@@ -269,27 +289,9 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def seed() -> int:
-    """Return a random seed of which every teacher's scores are apart: on equal ones RankNet's pairs are rounding."""
-    generator = np.random.default_rng()
-    drawn = int(generator.integers(2**31))
-    while nearest_teacher_scores(drawn) < 2e-6:
-        drawn = int(generator.integers(2**31))
+    drawn = int(np.random.default_rng().integers(2**31))
     print("seed", drawn)
     return drawn
-
-
-def nearest_teacher_scores(seed: int) -> float:
-    """Return the smallest difference of two documents' scores for one query, over the teachers of RankNet's cases."""
-    tokens = make_tokens(seed, slice(0, B))
-    _, once = np.unique(tokens.document_keys.numpy(), return_index=True)
-    gaps = []
-    for loss, head in PAIRS:
-        if loss == "distillation-ranknet":
-            taught = make_run(Case(loss, head, chunk=0), seed).candidates.teach(tokens, None)
-            queries, documents = (vectors.double() for vectors in taught)
-            scores = queries @ documents[torch.from_numpy(once)].T
-            gaps.append(scores.sort(dim=1).values.diff(dim=1).min().item())
-    return min(gaps)
 
 
 def test_every_registered_loss_is_tested_here() -> None:
@@ -302,8 +304,7 @@ every_pair = pytest.mark.parametrize(("loss", "head"), PAIRS, ids=[f"{loss}-{hea
 @every_pair
 def test_chunks_have_the_loss_and_the_gradients_of_the_whole_batch(seed: int, loss: str, head: str) -> None:
     case = Case(loss, head, chunk=7)  # the last chunk has 3 queries
-    layers = 10 if head.startswith("cnt") else 1  # rounding adds up through a network
-    assert worst(step(case, seed), whole(case, seed))[0] < layers * TOLERANCE
+    assert worst(step(case, seed), whole(case, seed))[0] < TOLERANCE
 
 
 @pytest.mark.parametrize("freeze", ["query_encoder", "document_encoder", "both"])
@@ -328,16 +329,17 @@ def test_without_negatives_accumulated_rounds_have_the_gradient_of_one_round(see
 def test_the_second_pass_has_the_dropout_of_the_first(seed: int, checkpointed: bool) -> None:
     case = Case("mcl", "pq-codeword", chunk=7, dropout=0.4, checkpointed=checkpointed)
     found = step(case, seed)
-    run = make_run(case, seed)  # draws from here on what the chunks drew
-    ends = [*range(0, B, 7), B]
-    parts = [run.model(make_tokens(seed, slice(a, b)), False) for a, b in itertools.pairwise(ends)]
-    queries, documents = (torch.cat([getattr(p, n) for p in parts]) for n in ("queries", "documents"))
-    tokens = make_tokens(seed, slice(0, B))
-    vectors = run.model(tokens, True, documents, queries)
-    scored = score_batch(vectors, tokens, metric=run.model.head.metric, mode="rows")
-    loss = sum(run.loss(scored).values()) + sum(vectors.compressed.losses.values())
-    loss.backward()
-    expected = {"loss": loss.detach(), **{n: p.grad for n, p in run.model.named_parameters()}}
+    with float64():
+        run = make_run(case, seed)  # draws from here on what the chunks drew
+        ends = [*range(0, B, 7), B]
+        parts = [run.model(make_tokens(seed, slice(a, b)), False) for a, b in itertools.pairwise(ends)]
+        queries, documents = (torch.cat([getattr(p, n) for p in parts]) for n in ("queries", "documents"))
+        tokens = make_tokens(seed, slice(0, B))
+        vectors = run.model(tokens, True, documents, queries)
+        scored = score_batch(vectors, tokens, metric=run.model.head.metric, mode="rows")
+        loss = sum(run.loss(scored).values()) + sum(vectors.compressed.losses.values())
+        loss.backward()
+        expected = {"loss": loss.detach(), **{n: p.grad for n, p in run.model.named_parameters()}}
     assert worst(found, expected)[0] < TOLERANCE
 
 
@@ -495,8 +497,7 @@ def test_processes_together_have_the_gradients_of_one_without_chunks(
     prefix = f"{case}/"
     with np.load(workers(processes) / "results.npz") as stored:
         found = {n.removeprefix(prefix): torch.from_numpy(stored[n]) for n in stored if n.startswith(prefix)}
-    layers = 10 if case.head.startswith("cnt") else 1
-    assert worst(found, whole(case, seed))[0] < layers * TOLERANCE
+    assert worst(found, whole(case, seed))[0] < TOLERANCE
 
 
 # --- loss trajectories ---
