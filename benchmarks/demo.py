@@ -1,15 +1,17 @@
 """The whole path on real text: train, export, search, beside the usual way.
 
-Systems, on the same held-out queries, the same training pairs, steps and seed:
+Systems, on the same held-out queries, of the same seed:
 
   dense, before training   the pretrained encoder, float32 vectors, IndexFlatIP
-  dense, fine-tuned        the same after contrastive training
+  dense, fine-tuned        the same after contrastive training (configs/dense.yaml, 80 steps of 32 pairs)
   fine-tuned + FAISS OPQ   the usual way: OPQ + PQ trained by FAISS on all of those vectors, then added; searched by
-                           inner product, as the vectors were trained, and by L2, the score that Endex trains for
-  Endex                    towers and product quantizer trained together, codes copied into FAISS
+                           inner product, as the vectors were trained, and by L2
+  Endex                    the default recipe (configs/default.yaml, 20 steps of 32 queries) from those towers,
+                           its codes copied into FAISS
 
 `index seconds` is what turns vectors or codes into a searchable index: FAISS train + add, or, for Endex, copying.
-Both quantizers may see all documents without labels (FAISS trains on them; Endex takes its warm start from them).
+All quantizers may see all documents without labels (FAISS trains on them; Endex takes its warm start from them). What
+holds for documents that nobody saw, and FAISS's residual codes, which take minutes to fit, are in docs/results.md.
 """
 
 from __future__ import annotations
@@ -23,24 +25,23 @@ from typing import Any
 import common
 import numpy as np
 import torch
+from methods import innermost
 
 from index import IndexConfig, Searcher, export_index
 from index._faiss import load_faiss
 from launch.pycode import build_pycode
-from retriever import DualEncoder, InputError, RetrievalData, embed_documents, embed_queries, read_data
+from retriever import DualEncoder, RetrievalData, embed_documents, embed_queries, read_data
 from retriever.folder import write_json
-from retriever.heads import NoCompressionConfig, ProductQuantizerConfig
+from retriever.heads import IVFResidualQuantizerConfig
+from retriever.scores import Metric
 from training import Experiment, Trainer, evaluate_index, load_experiment, measure
-from training.losses import ContrastiveConfig
 
 COLUMNS = ("ndcg@10", "mrr@10", "recall@100")
+STEPS = {"dense": 80, "default": 20}  # of 32 pairs, by recipe
 
 
 def main() -> None:
     parser = common.benchmark_parser(__doc__)
-    parser.add_argument(
-        "--config", type=Path, default=Path("configs/pycode.yaml"), help="recipe of the Endex system"
-    )
     parser.add_argument(
         "--data", type=Path, help="BEIR folder; by default pairs made from the installed packages"
     )
@@ -56,12 +57,12 @@ def main() -> None:
     options.out.mkdir(parents=True)
     (options.out / "demo").write_text("made by benchmarks/demo.py, which replaces this folder\n")
     source = options.data or make_pairs(options.out / "data", 2_000 if options.quick else options.documents)
-    experiment = load_experiment(options.config)
-    experiment = replace(experiment, data=replace(experiment.data, source=str(source)), seed=options.seed)
-    if options.quick:
-        experiment = replace(experiment, optimization=replace(experiment.optimization, steps=12))
     data = read_data(source, options.split)
-    rows = run_systems(experiment, data, options.out)
+    recipes = [
+        recipe(name, source, options.out, 12 if options.quick else steps, options.seed)
+        for name, steps in STEPS.items()
+    ]
+    rows = run_systems(*recipes, data, options.out)
     title = f"{len(data.qrels):,} held-out queries, {len(data.documents):,} documents, seed {options.seed}"
     common.print_table(title, [{name: value for name, value in row.items()} for row in rows])
     show_hits(Searcher(options.out / "index"), data)
@@ -77,31 +78,44 @@ def make_pairs(folder: Path, documents: int) -> Path:
     return folder
 
 
-def run_systems(experiment: Experiment, data: RetrievalData, out: Path) -> list[dict[str, Any]]:
-    """Train and measure the four systems."""
-    precision = experiment.optimization.precision
-    dense = replace(
-        experiment, head=NoCompressionConfig(), loss=ContrastiveConfig(), output=str(out / "dense")
+def recipe(name: str, source: Path, out: Path, steps: int, seed: int) -> Experiment:
+    """Return a recipe of configs/, of so many steps of 32 pairs on this data."""
+    experiment = load_experiment(Path(f"configs/{name}.yaml"))
+    return replace(
+        experiment,
+        output=str(out / name),
+        data=replace(experiment.data, source=str(source)),
+        optimization=replace(experiment.optimization, steps=steps, batch_size=32),
+        evaluation=replace(experiment.evaluation, queries=300, documents=2000),
+        seed=seed,
     )
+
+
+def run_systems(dense: Experiment, endex: Experiment, data: RetrievalData, out: Path) -> list[dict[str, Any]]:
+    """Train and measure all systems."""
+    precision = dense.optimization.precision
     print("1/4 dense, before training", flush=True)
     before = dense.model.build(dense.head)
     rows = [dense_row("dense, before training", *vectors(before, data, precision), data)]
     print("2/4 dense, fine-tuned", flush=True)
-    trained = DualEncoder.load(Trainer(dense).fit().last)
-    x, q = vectors(trained, data, precision)
+    start = Trainer(dense).fit().last
+    x, q = vectors(DualEncoder.load(start), data, precision)
     rows.append(dense_row("dense, fine-tuned", x, q, data))
-    head = experiment.head
-    if not isinstance(head, ProductQuantizerConfig):
-        raise InputError("this benchmark compares product quantizers: the recipe's head must be pq.")
+    head = innermost(endex.head)
+    assert isinstance(head, IVFResidualQuantizerConfig), "the default recipe has residual codes in lists"
     print("3/4 the usual way: FAISS OPQ on those vectors", flush=True)
-    rows += post_hoc_rows(x, q, data, head)
-    print("4/4 Endex: towers and quantizer together, then export", flush=True)
-    report = Trainer(replace(experiment, output=str(out / "endex"))).fit()
+    rows += post_hoc_rows(x, q, data, head.num_codebooks)
+    print("4/4 Endex: codes that learn to rank, then export", flush=True)
+    endex = replace(endex, model=replace(endex.model, encoder=str(start / "encoder")))
     exported = export_index(
-        report.last, data.documents.values(), out / "index", config=IndexConfig(), precision=precision
+        Trainer(endex).fit().last,
+        data.documents.values(),
+        out / "index",
+        config=IndexConfig(kind="ivfrq", norms="none", nprobe=head.num_lists),  # all lists
+        precision=precision,
     )
     metrics, _ = evaluate_index(Searcher(out / "index"), data, precision=precision)
-    rows.append(row("Endex", exported.code_size, metrics, exported.build_seconds))
+    rows.append(row("Endex", head.num_codebooks, metrics, exported.build_seconds))
     return rows
 
 
@@ -122,20 +136,19 @@ def dense_row(system: str, x: torch.Tensor, q: torch.Tensor, data: RetrievalData
     return row(system, 4 * x.shape[1], search(flat, q, data), seconds)
 
 
-def post_hoc_rows(
-    x: torch.Tensor, q: torch.Tensor, data: RetrievalData, head: ProductQuantizerConfig
-) -> list[dict[str, Any]]:
-    """Measure FAISS's own OPQ + PQ of the same size, trained on the vectors that are then indexed."""
-    books, bits = head.num_codebooks, head.codebook_bits
-    name = f"OPQ{books},PQ{books}x{bits}"
-    usual = common.faiss_quantizer(x.shape[1], name, "inner_product", seed=1234)  # FAISS's own default seed
+def post_hoc_rows(x: torch.Tensor, q: torch.Tensor, data: RetrievalData, size: int) -> list[dict[str, Any]]:
+    """Measure FAISS's own OPQ + PQ of the same bytes, trained on the vectors that are then indexed."""
+    factory, rows = f"OPQ{size},PQ{size}", []
+    built = common.faiss_quantizer(x.shape[1], factory, "l2", seed=1234)  # FAISS's own default seed
     start = time.perf_counter()
-    usual.train(x.numpy())
-    usual.add(x.numpy())
-    seconds, size = common.seconds_since(start), (books * bits + 7) // 8
-    rows = [row(f"fine-tuned + FAISS {name}", size, search(usual, q, data), seconds)]
-    common.set_metric(usual, "l2")  # the same codes, the other score
-    return [*rows, row(f"fine-tuned + FAISS {name}, L2", size, search(usual, q, data), seconds)]
+    built.train(x.numpy())
+    built.add(x.numpy())
+    seconds = common.seconds_since(start)
+    metrics: dict[str, Metric] = {"": "inner_product", ", L2": "l2"}
+    for suffix, metric in metrics.items():  # of the same codes
+        common.set_metric(built, metric)
+        rows.append(row(f"fine-tuned + FAISS {factory}{suffix}", size, search(built, q, data), seconds))
+    return rows
 
 
 def search(built: Any, q: torch.Tensor, data: RetrievalData) -> dict[str, float]:
