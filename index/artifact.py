@@ -266,8 +266,10 @@ def write_index(
     codes = np.memmap(codes_path, dtype=np.uint8, mode="r").reshape(-1, head.code_size)
     start = time.perf_counter()
     export = builder.prepare(head, codes)
-    on_disk = isinstance(builder, IVFPQBuilder) and builder.on_disk
-    built = build_on_disk(builder, export, codes, folder) if on_disk else builder.build(export, codes)
+    if isinstance(builder, IVFPQBuilder) and builder.on_disk:
+        built = build_on_disk(builder, export, codes, folder)
+    else:
+        built = builder.build(export, codes)
     build_seconds = time.perf_counter() - start
     search: Search = partial(search_index, built)
     if isinstance(builder, CascadeBuilder) and isinstance(export, NeuralCodec):

@@ -64,8 +64,9 @@ class IndexConfig:
         norms: "rq" and "ivfrq" with metric l2: a document's squared norm in 4 bytes ("float32"), in one ("uint8"), or
             not at all ("none"): a search then decodes what it scores.
         nlist: Inverted lists over which "ivfpq" spreads the codes of a head without lists; all are probed.
-        nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default the square root
-            of their number.
+        nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default those in which
+            20,000 documents lie on average, at least the square root of all, at most 2,048; "ivfrq" with norms or
+            inner products: the square root, for FAISS makes tables for every list.
         on_disk: "ivfpq": keep the inverted lists in a file that searches read from, built a piece at a time, so that
             neither takes the index's memory.
         refine: FastScan kinds: score the best documents again, exactly, from the codes, which are then stored twice.

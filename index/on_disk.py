@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from index._faiss import load_faiss
-from index.builders import FaissIndex, IndexBuilder, inverted_file
+from index.builders import FaissIndex, IVFPQBuilder, inverted_file
+from index.builders.base import num_lists
+from index.builders.lists import default_nprobe
 from retriever.heads import FaissExport
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ PIECE = 1 << 21  # documents held in memory at once
 
 
 def build_on_disk(
-    builder: IndexBuilder, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"], folder: Path
+    builder: IVFPQBuilder, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"], folder: Path
 ) -> FaissIndex:
     """Return the index of `builder` with its lists in `folder / LISTS`; memory is that of 2 million documents.
 
@@ -58,6 +60,8 @@ def build_on_disk(
     assert lists is not None, "the family has inverted lists"
     assert lists.ntotal == len(codes), f"{lists.ntotal} of {len(codes)} documents were taken"
     outer.ntotal = lists.ntotal
+    if num_lists(export):  # of the head: those of the builder are all probed
+        lists.nprobe = default_nprobe(builder.nprobe, lists.nlist, len(codes))
     return outer
 
 

@@ -137,9 +137,16 @@ def set_additive_codebooks(built: FaissIndex, codewords: Float[NDArray[np.float3
 
 
 def empty_lists(
-    family: type[FaissIndex], export: CoarseAdditiveCodebooks, nprobe: int | None, norms: Norms = "float32"
+    family: type[FaissIndex],
+    export: CoarseAdditiveCodebooks,
+    nprobe: int | None,
+    documents: int | None,
+    norms: Norms = "float32",
 ) -> FaissIndex:
-    """Return an index of `family`, inverted lists of additive codes of residuals, that holds no document yet."""
+    """Return an index of `family`, inverted lists of additive codes of residuals, for `documents` that it lacks yet.
+
+    `nprobe` and `documents` as in `default_nprobe`.
+    """
     centroids = learned_centroids(export)
     quantizer = coarse_quantizer(centroids, export.metric)
     built = family(
@@ -154,7 +161,7 @@ def empty_lists(
     take_quantizer(built, quantizer)
     set_additive_codebooks(built, export.codebooks.numpy())
     built.by_residual = True
-    built.nprobe = default_nprobe(nprobe, built.nlist)
+    built.nprobe = default_nprobe(nprobe, built.nlist, documents)
     return built
 
 

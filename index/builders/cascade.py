@@ -35,7 +35,8 @@ class CascadeBuilder(IndexBuilder):
         fit_rows: Documents by which the linear decoders are fitted.
         list_codes: First codes of a document that name its inverted list, for a head without lists: K to their power.
         hnsw_lists: Find the lists to probe by a graph over their centroids, instead of comparing with all.
-        nprobe: Lists that a search probes unless it says otherwise; by default the square root of their number.
+        nprobe: Lists that a search probes unless it says otherwise; by default those that hold 20,000
+            documents, at least the square root of all.
     """
 
     kind: ClassVar[str] = "cascade"
@@ -130,5 +131,5 @@ class CascadeBuilder(IndexBuilder):
         built = fill_lists(export, codes, list_codes=self.list_codes, graph=self.hnsw_lists)
         lists = inverted_file(built)
         assert lists is not None, "filled above"
-        lists.nprobe = default_nprobe(self.nprobe, lists.nlist)
+        lists.nprobe = default_nprobe(self.nprobe, lists.nlist, len(codes))
         return built

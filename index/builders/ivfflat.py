@@ -30,7 +30,8 @@ class IVFFlatBuilder(IndexBuilder):
     """Search over float32 vectors in inverted lists, 4 D + 8 bytes a document.
 
     Attributes:
-        nprobe: Lists that a search probes unless it says otherwise; by default the square root of their number.
+        nprobe: Lists that a search probes unless it says otherwise; by default those that hold 20,000
+            documents, at least the square root of all.
     """
 
     kind: ClassVar[str] = "ivfflat"
@@ -50,5 +51,5 @@ class IVFFlatBuilder(IndexBuilder):
         take_quantizer(built, quantizer)
         built.is_trained = True
         built.add_sa_codes(np.ascontiguousarray(codes))
-        built.nprobe = default_nprobe(self.nprobe, built.nlist)
+        built.nprobe = default_nprobe(self.nprobe, built.nlist, len(codes))
         return built

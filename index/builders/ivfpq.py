@@ -37,8 +37,8 @@ class IVFPQBuilder(IndexBuilder):
     Attributes:
         nlist: For a head without lists: lists over which the codes are spread in turn; more lists occupy a GPU
             better. All are probed.
-        nprobe: For a head with lists: lists that a search probes unless it says otherwise; by default the square
-            root of their number.
+        nprobe: For a head with lists: lists that a search probes unless it says otherwise; by default those
+            that hold 20,000 documents, at least the square root of all.
         on_disk: Keep the inverted lists in a file beside the index; see `index.on_disk`.
     """
 
@@ -72,7 +72,7 @@ class IVFPQBuilder(IndexBuilder):
         assert isinstance(export, ProductCodebooks), "checked above"
         if isinstance(export, CoarseProductCodebooks):
             built = fill_ivfpq(export, learned_centroids(export), codes)
-            built.nprobe = default_nprobe(self.nprobe, built.nlist)
+            built.nprobe = default_nprobe(self.nprobe, built.nlist, len(codes))
             return built
         zeros = np.zeros((self.nlist, product_shape(export)[0]), dtype=np.float32)
         lists = pack_list_numbers(np.arange(len(codes)) % self.nlist, self.nlist)

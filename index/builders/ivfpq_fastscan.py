@@ -27,7 +27,8 @@ class IVFPQFastScanBuilder(FastScanBuilder):
     """Search over 4-bit residual codes in inverted lists, M / 2 + 8 bytes a document, on the CPU.
 
     Attributes:
-        nprobe: Lists that a search probes unless it says otherwise; by default the square root of their number.
+        nprobe: Lists that a search probes unless it says otherwise; by default those that hold 20,000
+            documents, at least the square root of all.
     """
 
     kind: ClassVar[str] = "ivfpq_fastscan"
@@ -50,7 +51,7 @@ class IVFPQFastScanBuilder(FastScanBuilder):
         built.own_fields = True
         if export.metric == "l2":
             built.precompute_table()  # FAISS copies the table but not the mark that there is one
-        built.nprobe = default_nprobe(self.nprobe, built.nlist)
+        built.nprobe = default_nprobe(self.nprobe, built.nlist, len(codes))
         return built
 
     def _second_stage(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:

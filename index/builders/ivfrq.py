@@ -28,7 +28,8 @@ class IVFRQBuilder(AdditiveBuilder):
     which there is no table.
 
     Attributes:
-        nprobe: Lists that a search probes unless it says otherwise; by default the square root of their number.
+        nprobe: Lists that a search probes unless it says otherwise; by default the square root of their
+            number, with `norms` "none" at least those that hold 20,000 documents.
     """
 
     kind: ClassVar[str] = "ivfrq"
@@ -43,7 +44,12 @@ class IVFRQBuilder(AdditiveBuilder):
 
     def _fill(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         assert isinstance(export, CoarseAdditiveCodebooks), "checked above"
-        built = empty_lists(load_faiss().IndexIVFResidualQuantizer, export, self.nprobe, self.norms)
+        documents = (
+            len(codes) if self.norms == "none" else None
+        )  # FAISS makes tables for every list it probes
+        built = empty_lists(
+            load_faiss().IndexIVFResidualQuantizer, export, self.nprobe, documents, self.norms
+        )
         lists, residuals = split_lists(export, codes)
         prefix = pack_list_numbers(lists, built.nlist)
         built.add_sa_codes(np.hstack([prefix, with_norms(built, export, residuals)]))

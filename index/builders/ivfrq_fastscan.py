@@ -26,7 +26,8 @@ class IVFRQFastScanBuilder(FastScanBuilder):
     """Search by inner product over 4-bit additive codes in inverted lists, M / 2 + 8 bytes a document, on the CPU.
 
     Attributes:
-        nprobe: Lists that a search probes unless it says otherwise; by default the square root of their number.
+        nprobe: Lists that a search probes unless it says otherwise; by default those that hold 20,000
+            documents, at least the square root of all.
     """
 
     kind: ClassVar[str] = "ivfrq_fastscan"
@@ -47,7 +48,7 @@ class IVFRQFastScanBuilder(FastScanBuilder):
     def _scan(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         """Return the index, to which FAISS has no conversion: it takes the lists of a product quantizer's."""
         assert isinstance(export, CoarseAdditiveCodebooks), "checked above"
-        built = empty_lists(load_faiss().IndexIVFResidualQuantizerFastScan, export, self.nprobe)
+        built = empty_lists(load_faiss().IndexIVFResidualQuantizerFastScan, export, self.nprobe, len(codes))
         blocks = pack_list_blocks(codes, len(export.codebooks), built.nlist)
         assert (blocks.M2, blocks.bbs) == (built.M2, built.bbs), "blocks of one layout"
         blocks.own_invlists = False

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from numpy.typing import NDArray
 
+PROBED = 20_000  # documents: milliseconds of a search, and small corpora lose nothing to their lists
+MOST_BY_DEFAULT = 2048  # lists
+
 __all__ = ["check_nprobe", "coarse_quantizer", "default_nprobe", "learned_centroids", "take_quantizer"]
 
 
@@ -27,9 +30,15 @@ def check_nprobe(nprobe: int | None) -> None:
         raise InputError(f"nprobe must be at least 1, got {nprobe}.")
 
 
-def default_nprobe(nprobe: int | None, num_lists: int) -> int:
-    """Return the lists to probe: what was asked for or the square root of all, and at most all."""
-    return min(nprobe or round(num_lists**0.5), num_lists)
+def default_nprobe(nprobe: int | None, num_lists: int, documents: int | None) -> int:
+    """Return the lists to probe, at most all: what was asked for, or those in which `PROBED` documents lie on average.
+
+    By default they are at least the square root of all lists, and no more than a GPU probes. Without the number of
+    documents they are the square root: for forms in which a list costs more than the documents in it.
+    """
+    root = round(num_lists**0.5)
+    enough = root if documents is None else -(-num_lists * PROBED // max(documents, 1))
+    return min(nprobe or max(root, min(enough, MOST_BY_DEFAULT)), num_lists)
 
 
 def learned_centroids(export: FaissExport) -> Float[NDArray[np.float32], "J D"]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from index import IndexConfig, Searcher, export_index, merge_indexes
+from index.builders import inverted_file
 from retriever import Document, InputError
 
 ARCHIVES = sorted((Path(__file__).parents[1] / "folders").glob("*.tar.gz"))
@@ -36,6 +37,12 @@ def assert_hits(searcher: Searcher, folder: Path) -> None:
     assert ids == hits["ids"]
 
 
+def config(searcher: Searcher) -> IndexConfig:
+    """Return a configuration that probes as many lists as an index does."""
+    lists = inverted_file(searcher.faiss_index)
+    return IndexConfig(nprobe=lists.nprobe if lists else None)
+
+
 def test_there_are_archives() -> None:
     assert ARCHIVES
 
@@ -50,7 +57,7 @@ def test_model_is_exported_to_the_same_index(folder: Path, tmp_path: Path) -> No
     documents = [searcher.document(row) for row in range(len(searcher.document_ids))]
     assert all(isinstance(document, Document) for document in documents)
     export_index(
-        folder / "model", documents, tmp_path / "index", config=IndexConfig(), device="cpu", progress=False
+        folder / "model", documents, tmp_path / "index", config=config(searcher), device="cpu", progress=False
     )
     assert_hits(Searcher(tmp_path / "index"), folder)
 
@@ -60,5 +67,5 @@ def test_index_is_merged_or_says_why_not(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="holds no codes, so it cannot be merged"):
             merge_indexes([folder / "index"], tmp_path / "merged")
         return
-    merge_indexes([folder / "index"], tmp_path / "merged")
+    merge_indexes([folder / "index"], tmp_path / "merged", config=config(Searcher(folder / "index")))
     assert_hits(Searcher(tmp_path / "merged"), folder)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from index import IndexConfig, Searcher, export_index
 from index.builders import FaissIndex, IVFPQBuilder, PQBuilder, inverted_file, probing_all, search_index
+from index.builders.lists import default_nprobe
 from index.parity import assert_parity
 from launch.main import main
 from retriever import (
@@ -243,14 +244,26 @@ def test_rows_that_are_not_found_score_minus_infinity_and_come_last(metric: str)
 
 
 @pytest.mark.parametrize(
-    ("num_lists", "nprobe", "expected"), [(9, None, 3), (20, None, 4), (1, None, 1), (9, 5, 5), (9, 50, 9)]
+    ("num_lists", "nprobe", "share", "expected"),
+    [
+        *[(9, None, 0, 3), (20, None, 0, 4), (1, None, 0, 1), (9, 5, 0, 5), (9, 50, 0, 9), (9, 2, 1, 2)],
+        *[(9, None, 1, 9), (9, None, 0.5, 5), (9, None, 0.4, 4), (9, None, 0.1, 3), (9, None, 5, 9)],
+    ],
 )
-def test_lists_probed_by_default_are_the_square_root(
-    num_lists: int, nprobe: int | None, expected: int
+def test_lists_probed_by_default_hold_enough_documents_and_are_the_square_root_at_least(
+    num_lists: int, nprobe: int | None, share: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("index.builders.lists.PROBED", int(share * DOCUMENTS))
     head = make_head(num_lists=num_lists)
     index = build(head, head.encode(rand(DOCUMENTS, D, seed=60)), nprobe=nprobe)
     assert inverted_file(index).nprobe == expected
+
+
+def test_lists_probed_by_default_are_few_enough_for_a_gpu() -> None:
+    assert default_nprobe(None, 10_000, documents=1000) == 2048
+    assert default_nprobe(None, 10_000, documents=0) == 2048
+    assert default_nprobe(3000, 10_000, documents=1000) == 3000
+    assert default_nprobe(None, 5_000_000, documents=10**9) == 2236
 
 
 def test_probing_all_restores_the_lists_probed() -> None:

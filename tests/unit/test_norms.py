@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from index import FaissFit, IndexConfig, Searcher, export_index
-from index.builders import BUILDERS, probing_all
+from index.builders import BUILDERS, inverted_file, probing_all
 from index.builders.additive import norm_range
 from index.parity import ParityError, prove_parity
 from retriever import DualEncoderConfig, InputError, embed_documents, read_corpus
@@ -80,6 +80,8 @@ def test_without_norms_scores_are_exact_and_codes_shorter(kind: str, seed: int) 
     builder = BUILDERS[kind](norms="none")
     built = builder.build(head.export(), codes)
     assert built.rq.code_size == (M * BITS + 7) // 8
+    if lists := inverted_file(built):
+        assert lists.nprobe == lists.nlist  # there are N documents in all
     queries = vectors(seed + 200, Q).numpy()
     with probing_all(built):
         distances, rows = built.search(queries, N)
