@@ -144,10 +144,9 @@ class Study:
         whole = read_data(source, options.split)
         self.data = select_evaluation(whole, queries=options.queries, documents=options.documents)
         self.judged = {document for row in self.data.qrels.values() for document in row}
-        self._evaluated = "train" if options.split == "dev" else "dev"  # what is judged is not in the folders
-        train, dev = (read_data(source, split).qrels for split in ("train", "dev"))
+        pairs = read_data(source, "train").qrels if (source / "qrels" / "train.tsv").is_file() else {}
         for reading in ("blind", "fitted"):
-            self._write_folder(self.out / f"data-{reading}", reading == "blind", train, dev)
+            self._write_folder(self.out / f"data-{reading}", reading == "blind", pairs)
 
     def table(self, reading: str) -> list[Result]:
         """Return and print the rows of a reading."""
@@ -358,7 +357,7 @@ class Study:
             recipe,
             output=str(folder / "run"),
             model=replace(recipe.model, encoder=encoder),
-            data=replace(recipe.data, source=source, evaluation_split=self._evaluated),
+            data=replace(recipe.data, source=source, evaluation_split="train"),
             optimization=replace(
                 recipe.optimization,
                 steps=pairs // recipe.optimization.batch_size,
@@ -402,7 +401,7 @@ class Study:
             )
         return load_file(path)
 
-    def _write_folder(self, folder: Path, blind: bool, *splits: dict[str, dict[str, int]]) -> None:
+    def _write_folder(self, folder: Path, blind: bool, pairs: dict[str, dict[str, int]]) -> None:
         """Write a BEIR folder for training: no judged document in the pairs, nor, if blind, in the corpus."""
         if folder.is_dir():
             return
@@ -412,20 +411,15 @@ class Study:
         write_lines(
             folder / "corpus.jsonl", [{"_id": d.id, "title": d.title, "text": d.text} for d in corpus]
         )
-        names: dict[str, str] = {}
-        for split, qrels in zip(("train", "dev"), splits, strict=True):
-            lines = [
-                (query, document, score)
-                for query, row in qrels.items()
-                for document, score in row.items()
-                if document in known
-            ]
-            text = "".join(f"{query}\t{document}\t{score}\n" for query, document, score in lines)
-            (folder / "qrels" / f"{split}.tsv").write_text(
-                f"query-id\tcorpus-id\tscore\n{text}", encoding="utf-8"
-            )
-            names |= {query: "" for query, _, _ in lines}
-        queries = read_queries(str(self.source))
+        lines = [
+            (query, document, score)
+            for query, row in pairs.items()
+            for document, score in row.items()
+            if document in known
+        ]
+        text = "".join(f"{query}\t{document}\t{score}\n" for query, document, score in lines)
+        (folder / "qrels" / "train.tsv").write_text(f"query-id\tcorpus-id\tscore\n{text}", encoding="utf-8")
+        queries, names = read_queries(str(self.source)), dict.fromkeys(query for query, _, _ in lines)
         write_lines(folder / "queries.jsonl", [{"_id": name, "text": queries[name]} for name in names])
 
     def _refuse_other_options(self) -> None:

@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import re
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -63,24 +64,27 @@ def read_corpus(source: str | Path, start: int = 0, stop: int | None = None) -> 
         stop: Number of the document to stop before; None for all.
 
     Raises:
-        InputError: At the first line that is not a document, has an id for the second time, or holds no text;
-            and at the end if there was no document.
+        InputError: At the first line that is not a document, or has an id for the second time; and at the end if there
+            was no document. Documents without title and text, which public sets have, are a warning.
     """
-    seen, empty = IdSet(), True
+    seen, empty, blank = IdSet(), True, 0
     for where, row in _rows(source, "corpus", start, stop):
         document = Document(
             _text(row, "_id", where), _text(row, "title", where, default=""), _text(row, "text", where)
         )
         if not (document.title.strip() or document.text.strip()):
-            raise InputError(
-                f"{where}: the document {document.id!r} has neither title nor text. Remove the line."
-            )
+            blank, last = blank + 1, where
         if not seen.add(document.id) and _occurs(source, document.id, start, where):
             raise InputError(
                 f"{where}: the document id {document.id!r} occurs a second time. Make the ids unique."
             )
         empty = False
         yield document
+    if blank:
+        warnings.warn(
+            f"{blank} of the documents have neither title nor text, the last of them {last}: each is encoded as it is.",
+            stacklevel=2,
+        )
     if empty and not start:
         raise InputError(f"{source} holds no documents. Give a corpus with at least one document.")
 

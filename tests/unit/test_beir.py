@@ -180,7 +180,6 @@ def test_line_that_is_no_json_object_is_named_with_its_place(
         ({"_id": "d9"}, r"'text' must be a text, got None\. Correct"),
         ({"_id": "d9", "text": ["x"]}, r"'text' must be a text, got \['x'\]\. Correct"),
         ({"_id": "d9", "title": 3, "text": "x"}, r"'title' must be a text, got 3\. Correct"),
-        ({"_id": "d9", "title": "", "text": " "}, r"the document 'd9' has neither title nor text\. Remove"),
         ({"_id": "d1", "text": "x"}, r"the document id 'd1' occurs a second time\. Make the ids unique"),
     ],
     ids=repr,
@@ -193,10 +192,13 @@ def test_faulty_document_is_named_with_its_place_and_remedy(
         list(read_corpus(folder))
 
 
-def test_document_with_a_blank_title_and_no_text_is_refused(make_folder: Callable[..., Path]) -> None:
-    folder = make_folder(corpus=[{"_id": "d1", "title": "  ", "text": ""}])
-    with pytest.raises(InputError, match="neither title nor text"):
-        list(read_corpus(folder))
+def test_documents_with_a_blank_title_and_no_text_are_kept_and_named(
+    make_folder: Callable[..., Path],
+) -> None:
+    blank = [{"_id": name, "title": "  ", "text": ""} for name in ("d8", "d9")]
+    folder = make_folder(corpus=[blank[0], CORPUS[0], blank[1]])
+    with pytest.warns(UserWarning, match=r"^2 of the documents have neither .*corpus\.jsonl:3: each is"):
+        assert [document.id for document in read_corpus(folder)] == ["d8", CORPUS[0]["_id"], "d9"]
 
 
 @pytest.mark.parametrize(
