@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, get_args
 
 import common
@@ -21,6 +22,8 @@ from tqdm.auto import tqdm
 
 from index._faiss import load_faiss
 from index.builders import BUILDERS, probing_all, search_index
+from index.builders.base import num_lists
+from index.tables import TableScan
 from retriever.heads import (
     AdditiveCodebooks,
     CoarseAdditiveCodebooks,
@@ -34,7 +37,12 @@ from retriever.scores import Metric, score_matrix
 
 TOP = 20
 FASTSCAN = [("{}", {}), ("{}_fastscan", {}), ("{}_fastscan", {"refine": True})]
-WITH_NORMS = [*FASTSCAN, ("{}", {"norms": "uint8"}), ("{}", {"norms": "none"})]
+WITH_NORMS = [
+    *FASTSCAN,
+    ("{}", {"norms": "uint8"}),
+    ("{}", {"norms": "none"}),
+    ("{}", {"norms": "none", "tables": True}),  # as a Searcher scans them
+]
 FORMS = {
     "flat": [(kind, {}) for kind in ("flat", "sq8", "sq4", "hnsw", "hnsw_sq8")],
     **{
@@ -141,10 +149,16 @@ def compare(
     exact: np.ndarray,
 ) -> dict[str, Any]:
     """Return how near a form's results are to exact scores (q, n), and milliseconds of a query."""
-    built = BUILDERS[kind](**options).build(export, codes)
+    built = BUILDERS[kind](**{name: value for name, value in options.items() if name != "tables"}).build(
+        export, codes
+    )
+    search = partial(search_index, built)
+    if "tables" in options:
+        assert isinstance(export, AdditiveCodebooks), "tables are of additive codes"
+        search = TableScan(export, codes, num_lists(export)).search
     with probing_all(built):
         start = time.perf_counter()
-        scores, rows = search_index(built, queries, TOP)
+        scores, rows = search(queries, TOP)
         seconds = common.seconds_since(start)
     found = np.take_along_axis(exact, rows, axis=1)
     best = -np.sort(-exact, axis=1)[:, TOP - 1 : TOP]

@@ -29,17 +29,24 @@ if TYPE_CHECKING:
 __all__ = ["fill_lists", "fill_scan"]
 
 ROWS = 65_536  # documents worked on at once, to bound memory
-LENGTH_BITS = 8  # of a length, or more, in whole codes
 LINKS, CANDIDATES = (
     32,
     128,
 )  # of the graph over centroids: links of one; candidates of a search and while building
 
 
-def fill_scan(export: NeuralCodec, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
-    """Return an index that scans all documents, by the first-order decoder of an export."""
+def fill_scan(
+    export: NeuralCodec, codes: UInt8[NDArray[np.uint8], "n size"], *, length_bits: int = 8
+) -> FaissIndex:
+    """Return an index that scans all documents, by the first-order decoder of an export.
+
+    Args:
+        export: A fitted export.
+        codes: Packed codes.
+        length_bits: Of a length, for L2, or more, in whole codes.
+    """
     assert export.additive is not None, "prepare fits the linear decoder"
-    lengths = _Lengths(export, codes)
+    lengths = _Lengths(export, codes, length_bits)
     books = torch.cat([export.additive, lengths.codebooks])
     inner = load_faiss().IndexPQ(*_shape(books), export.code_bits, load_faiss().METRIC_INNER_PRODUCT)
     _set_codebooks(inner, books)
@@ -50,7 +57,12 @@ def fill_scan(export: NeuralCodec, codes: UInt8[NDArray[np.uint8], "n size"]) ->
 
 
 def fill_lists(
-    export: NeuralCodec, codes: UInt8[NDArray[np.uint8], "n size"], *, list_codes: int, graph: bool
+    export: NeuralCodec,
+    codes: UInt8[NDArray[np.uint8], "n size"],
+    *,
+    list_codes: int = 0,
+    graph: bool = False,
+    length_bits: int = 8,
 ) -> FaissIndex:
     """Return an index that scans the documents in the probed lists.
 
@@ -59,10 +71,11 @@ def fill_lists(
         codes: Packed codes.
         list_codes: First codes that name a document's list, where the head has no lists.
         graph: Find the lists to probe by HNSW.
+        length_bits: As in `fill_scan`.
     """
     assert export.additive is not None, "prepare fits the linear decoder"
     faiss = load_faiss()
-    lengths = _Lengths(export, codes)
+    lengths = _Lengths(export, codes, length_bits)
     books = torch.cat([export.additive[list_codes:], lengths.codebooks])
     dim, parts = _shape(books)
     centroids = _centroids(export, list_codes)
@@ -99,17 +112,17 @@ class _Lengths:
     A length is rounded to one of K^T steps between the smallest and the largest; its codes are the digits to base K.
     """
 
-    def __init__(self, export: NeuralCodec, codes: UInt8[NDArray[np.uint8], "n size"]) -> None:
+    def __init__(self, export: NeuralCodec, codes: UInt8[NDArray[np.uint8], "n size"], bits: int) -> None:
         self._base = 2**export.code_bits
-        self._digits = -(-LENGTH_BITS // export.code_bits) if export.metric == "l2" else 0
+        self._digits = -(-bits // export.code_bits) if export.metric == "l2" else 0
         self._dim = export.dim
         self._steps = np.zeros((len(codes), 1), np.int64)
         self._least = self._step = 0.0
         if self._digits and len(codes):
             pieces = [_half_lengths(export, codes[s : s + ROWS]) for s in range(0, len(codes), ROWS)]
-            self._round(np.concatenate(pieces))
+            self._round(np.concatenate(pieces).astype(np.float64))  # float32 has no room for many steps
 
-    def _round(self, lengths: Float[NDArray[np.float32], " n"]) -> None:
+    def _round(self, lengths: Float[NDArray[np.float64], " n"]) -> None:
         self._least = float(lengths.min())
         self._step = (float(lengths.max()) - self._least) / (self._base**self._digits - 1)
         steps = (lengths - self._least) / (self._step or 1)

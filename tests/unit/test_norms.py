@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from index import FaissFit, IndexConfig, Searcher, export_index
-from index.builders import BUILDERS, inverted_file, probing_all
+from index.builders import BUILDERS, inverted_file, probing_all, search_index
 from index.builders.additive import norm_range
 from index.parity import ParityError, prove_parity
+from index.tables import TableScan
 from retriever import DualEncoderConfig, InputError, embed_documents, read_corpus
 from retriever.heads import (
     CompressionHead,
@@ -169,3 +170,68 @@ def test_an_index_folder_has_them_and_says_so(
         tmp_path / "model", documents, tmp_path / "exact", config=IndexConfig(kind=kind), progress=False
     )  # type: ignore[arg-type]
     assert report.index_bytes == exact.index_bytes - 3 * len(documents)
+
+
+# --- tables in the place of norms ---
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_tables_have_the_scores_and_the_best_documents_of_the_model(kind: str, seed: int) -> None:
+    head, codes, decoded = trained(kind, seed)
+    queries = 3 * vectors(seed + 200, Q).numpy()
+    exact = 1 - np.square(queries[:, None].astype(np.float64) - decoded).sum(2) / 2
+    scores, rows = TableScan(head.export(), codes, nprobe=J).search(queries, 50)  # type: ignore[arg-type]
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, rows, 1), rtol=0, atol=3e-6)
+    np.testing.assert_allclose(scores, -np.sort(-exact, 1)[:, :50], rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("nprobe", [None, 1, 3, J])
+def test_tables_probe_the_lists_that_the_index_probes(nprobe: int | None) -> None:
+    head, codes, _ = trained("ivfrq", 0)
+    built = BUILDERS["ivfrq"](norms="none", nprobe=nprobe or 2).build(head.export(), codes)
+    expected, _ = search_index(built, vectors(200, Q).numpy(), N)
+    scan = TableScan(head.export(), codes, nprobe=2)  # type: ignore[arg-type]
+    scores, rows = scan.search(vectors(200, Q).numpy(), N, nprobe)
+    np.testing.assert_array_equal(rows < 0, np.isneginf(expected))
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_searcher_scans_by_tables_where_there_are_no_norms(
+    kind: str, tiny_model: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    documents = list(read_corpus(str(tiny_data)))
+    options = {"num_lists": 4} if kind == "ivfrq" else {}
+    inner = type(CONFIGS[kind])(num_codebooks=3, codebook_bits=4, **options)
+    model = DualEncoderConfig(encoder=str(tiny_model)).build(PCAConfig(components=16, inner=inner)).eval()
+    model.head.warm_start(embed_documents(model, documents), FaissFit(), 0)
+    model.save(tmp_path / "model")
+    for norms in ("none", "float32"):
+        config = IndexConfig(kind=kind, norms=norms)  # type: ignore[arg-type]
+        export_index(tmp_path / "model", documents, tmp_path / norms, config=config, progress=False)
+    few = len(documents)
+    fast, slow = Searcher(tmp_path / "none", tables=few), Searcher(tmp_path / "none", tables=few - 1)
+    assert fast._tables is not None
+    assert slow._tables is None
+    assert Searcher(tmp_path / "float32")._tables is None
+    texts = [document.text for document in documents[:20]]
+    for probes in (None, 1) if kind == "ivfrq" else (None,):
+        assert_equal_hits(fast.search(texts, 20, nprobe=probes), slow.search(texts, 20, nprobe=probes))
+    if kind == "ivfrq":
+        fast.probe(2)
+        slow.probe(2)
+        assert_equal_hits(fast.search(texts, 20), slow.search(texts, 20))
+    some = [document.id for document in documents[::7]]
+    assert_equal_hits(fast.search(texts, 5, ids=some), slow.search(texts, 5, ids=some))
+
+
+def assert_equal_hits(
+    found: tuple[np.ndarray, list[list[str]]], expected: tuple[np.ndarray, list[list[str]]]
+) -> None:
+    """Equal scores may stand for each other."""
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-6)
+    for scores, names, others in zip(expected[0], found[1], expected[1], strict=True):
+        least = scores[len(others) - 1] + 1e-5
+        kept = [name for name, score in zip(others, scores, strict=False) if score > least]
+        assert set(kept) <= set(names)
