@@ -111,7 +111,7 @@ def run_systems(dense: Experiment, endex: Experiment, data: RetrievalData, out: 
         Trainer(endex).fit().last,
         data.documents.values(),
         out / "index",
-        config=IndexConfig(kind="ivfrq", norms="none"),
+        config=IndexConfig(),
         precision=precision,
     )
     metrics, _ = evaluate_index(Searcher(out / "index"), data, precision=precision)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from index._faiss import load_faiss
 from index.builders import BUILDERS, probing_all, search_index
+from index.builders.additive import Norms
 from index.builders.base import num_lists
 from index.tables import TableScan
 from retriever.heads import (
@@ -39,8 +40,7 @@ TOP = 20
 FASTSCAN = [("{}", {}), ("{}_fastscan", {}), ("{}_fastscan", {"refine": True})]
 WITH_NORMS = [
     *FASTSCAN,
-    ("{}", {"norms": "uint8"}),
-    ("{}", {"norms": "none"}),
+    *(("{}", {"norms": norms}) for norms in get_args(Norms)),
     ("{}", {"norms": "none", "tables": True}),  # as a Searcher scans them
 ]
 FORMS = {

@@ -61,8 +61,9 @@ class IndexConfig:
             pq: "pq", "pq_fastscan" (4 bits), or "ivfpq" (the form that a GPU takes). Head ivfpq: "ivfpq",
             "ivfpq_fastscan" (4 bits). Head rq: "rq", "rq_fastscan" (4 bits, inner product). Head ivfrq: "ivfrq",
             "ivfrq_fastscan" (4 bits, inner product). Codes that a network decodes: "cascade".
-        norms: "rq" and "ivfrq" with metric l2: a document's squared norm in 4 bytes ("float32"), in one ("uint8"), or
-            not at all ("none"): a search then decodes what it scores.
+        norms: "rq" and "ivfrq" with metric l2: a document's squared norm in 4 bytes ("float32", the default of "rq"),
+            in one ("uint8"), or not at all ("none", the default of "ivfrq"): FAISS then decodes what it scores, a
+            `Searcher` does not.
         nlist: Inverted lists over which "ivfpq" spreads the codes of a head without lists; all are probed.
         nprobe: Lists that a search of a head with lists probes unless it says otherwise; by default those in which
             20,000 documents lie on average, at least the square root of all, at most 2,048; "ivfrq" with norms or
@@ -84,7 +85,7 @@ class IndexConfig:
     """
 
     kind: Kind = "auto"
-    norms: Norms = "float32"
+    norms: Norms | None = None
     nlist: int = 1
     nprobe: int | None = None
     on_disk: bool = False

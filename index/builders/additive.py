@@ -6,7 +6,7 @@ Shapes: n documents, D dimensions, M codebooks, K codewords, J lists.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -59,17 +59,20 @@ class AdditiveBuilder(IndexBuilder):
 
     Attributes:
         norms: How an L2 code stores the squared norm of its vector: "float32" in 4 bytes, exact, "uint8" in one
-            (FAISS's Nqint8), or "none": a search decodes every document it scores, exactly, and takes longer.
+            (FAISS's Nqint8), or "none": FAISS decodes every document it scores, exactly, and takes longer; by default
+            `usual_norms`.
     """
 
-    norms: Norms = "float32"
+    usual_norms: ClassVar[Norms] = "float32"
+
+    norms: Norms | None = None
 
     def __post_init__(self) -> None:
-        if self.norms not in get_args(Norms):
+        if self.norms is not None and self.norms not in get_args(Norms):
             raise InputError(f"norms must be one of {', '.join(get_args(Norms))}, got {self.norms!r}.")
 
     def _check(self, export: FaissExport) -> None:
-        if self.norms != "float32" and export.metric == "inner_product":
+        if self.norms not in (None, "float32") and export.metric == "inner_product":
             raise InputError(
                 f"inner products need no norms, got index.norms {self.norms}. Leave it out, or train with metric l2."
             )

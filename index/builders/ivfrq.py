@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from index._faiss import load_faiss
-from index.builders.additive import AdditiveBuilder, empty_lists, with_norms
+from index.builders.additive import AdditiveBuilder, Norms, empty_lists, with_norms
 from index.builders.base import FaissIndex, split_lists
 from index.builders.lists import check_nprobe
 from retriever.heads import CoarseAdditiveCodebooks, FaissExport, pack_list_numbers
@@ -24,17 +24,18 @@ __all__ = ["IVFRQBuilder"]
 class IVFRQBuilder(AdditiveBuilder):
     """Search over additive codes in inverted lists, on the CPU.
 
-    FAISS computes a table of M K D products for every probed list: take at most 8 codebooks, FastScan, or no norms, for
-    which there is no table.
+    With norms or inner products FAISS computes a table of M K D products for every probed list; without norms, the
+    default, it decodes what it scores.
 
     Attributes:
         nprobe: Lists that a search probes unless it says otherwise; by default the square root of their
-            number, with `norms` "none" at least those that hold 20,000 documents.
+            number, without norms at least those that hold 20,000 documents.
     """
 
     kind: ClassVar[str] = "ivfrq"
     carries: ClassVar[tuple[type[FaissExport], ...]] = (CoarseAdditiveCodebooks,)
     remedy: ClassVar[str] = "Choose --index.kind auto."
+    usual_norms: ClassVar[Norms] = "none"
 
     nprobe: int | None = None
 
@@ -44,12 +45,10 @@ class IVFRQBuilder(AdditiveBuilder):
 
     def _fill(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         assert isinstance(export, CoarseAdditiveCodebooks), "checked above"
-        documents = (
-            len(codes) if self.norms == "none" else None
-        )  # FAISS makes tables for every list it probes
-        built = empty_lists(
-            load_faiss().IndexIVFResidualQuantizer, export, self.nprobe, documents, self.norms
-        )
+        norms = self.norms or self.usual_norms
+        tables = norms != "none" or export.metric == "inner_product"  # for every list: few should be probed
+        documents = None if tables else len(codes)
+        built = empty_lists(load_faiss().IndexIVFResidualQuantizer, export, self.nprobe, documents, norms)
         lists, residuals = split_lists(export, codes)
         prefix = pack_list_numbers(lists, built.nlist)
         built.add_sa_codes(np.hstack([prefix, with_norms(built, export, residuals)]))

@@ -35,7 +35,7 @@ class RQBuilder(AdditiveBuilder):
 
     def _fill(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         assert isinstance(export, AdditiveCodebooks), "checked above"
-        return fill_rq(export, codes, self.norms)
+        return fill_rq(export, codes, self.norms or self.usual_norms)
 
 
 def fill_rq(

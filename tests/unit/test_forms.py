@@ -476,7 +476,8 @@ def test_coarse_quantizer_has_metric_and_centroids_and_a_search_its_default_prob
     lists = inverted_file(built)
     quantizer = faiss.downcast_index(lists.quantizer)
     assert type(quantizer) is {"inner_product": faiss.IndexFlatIP, "l2": faiss.IndexFlatL2}[metric]
-    probed = round(J**0.5) if form[0] == "ivfrq" else J  # tables for every list, or N documents in all
+    tables = form[0] == "ivfrq" and metric == "inner_product"  # for every list
+    probed = round(J**0.5) if tables else J  # N documents in all
     assert (quantizer.ntotal, lists.nlist, lists.nprobe) == (J, J, probed)
     np.testing.assert_array_equal(quantizer.reconstruct_n(0, J), case.export.centroids.numpy())
 
