@@ -60,11 +60,12 @@ class TableScan:
         """Return that of an index folder, or None where it has norms, other codes, or more documents than `most`."""
         faiss, lists = load_faiss(), inverted_file(built)
         quantizer = getattr(faiss.downcast_index(lists or built), "rq", None)
-        if quantizer is None or quantizer.search_type != faiss.AdditiveQuantizer.ST_decompress:
+        decoding = quantizer is not None and quantizer.search_type == faiss.AdditiveQuantizer.ST_decompress
+        if not decoding or built.ntotal > most:
             return None
         head = load_head(folder / "head")
         export = head.export()
-        if not isinstance(export, AdditiveCodebooks) or export.rotation is not None or built.ntotal > most:
+        if not isinstance(export, AdditiveCodebooks) or export.rotation is not None:
             return None
         codes = np.memmap(folder / "codes.u8", dtype=np.uint8, mode="r").reshape(-1, head.code_size)
         return cls(export, codes, lists.nprobe if lists else 1)
