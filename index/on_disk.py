@@ -18,8 +18,6 @@ import numpy as np
 
 from index._faiss import load_faiss
 from index.builders import FaissIndex, IVFPQBuilder, inverted_file
-from index.builders.base import num_lists
-from index.builders.lists import default_nprobe
 from retriever.heads import FaissExport
 
 if TYPE_CHECKING:
@@ -60,8 +58,7 @@ def build_on_disk(
     assert lists is not None, "the family has inverted lists"
     assert lists.ntotal == len(codes), f"{lists.ntotal} of {len(codes)} documents were taken"
     outer.ntotal = lists.ntotal
-    if num_lists(export):  # of the head: those of the builder are all probed
-        lists.nprobe = default_nprobe(builder.nprobe, lists.nlist, len(codes))
+    lists.nprobe = builder.probes(export, len(codes))
     return outer
 
 

@@ -93,10 +93,10 @@ class Searcher:
             )
         self._clone: FaissIndex | None = None
         self._cascade = self._load_cascade(widths or Widths())
-        self._tables = TableScan.of(folder, self.faiss_index, most=tables)
+        self._query_map = load_query_map(folder / "head")
+        self._tables = TableScan.of(folder, self.faiss_index, self._query_map, most=tables)
         if nprobe is not None:
             self.probe(nprobe)
-        self._query_map = load_query_map(folder / "head")
         self._model = DualEncoder.load(model) if model else self._embedded_model(folder / "encoder")
         self._offsets, self._texts = self._map_texts()
         self._row_of: dict[str, int] | None = None

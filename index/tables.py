@@ -10,7 +10,7 @@ Shapes: n documents, B queries, D dimensions, k results.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from index.builders.base import code_bits, vector_dim
 from index.builders.repeated import fill_lists, fill_scan
 from index.filters import search_parameters
 from retriever.dual_encoder import load_head
-from retriever.heads import AdditiveCodebooks, CoarseAdditiveCodebooks, NeuralCodec
+from retriever.heads import AdditiveCodebooks, CoarseAdditiveCodebooks, CompressionHead, NeuralCodec
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int, UInt8
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TableScan"]
 
-LENGTH_BITS = 24  # as exact as float32
+EXACT_BITS = 24  # as exact as float32
 
 
 class TableScan:
@@ -52,18 +52,21 @@ class TableScan:
             additive=export.codebooks,
         )
         fill = fill_scan if codec.centroids is None else fill_lists
-        self._built: FaissIndex = fill(codec, codes, length_bits=LENGTH_BITS)
+        self._built: FaissIndex = fill(codec, codes, length_bits=EXACT_BITS)
         self.probe(nprobe)
 
     @classmethod
-    def of(cls, folder: Path, built: FaissIndex, most: int) -> TableScan | None:
-        """Return that of an index folder, or None where it has norms, other codes, or more documents than `most`."""
+    def of(cls, folder: Path, built: FaissIndex, head: CompressionHead | None, most: int) -> TableScan | None:
+        """Return that of an index folder, or None where it has norms, other codes, or more documents than `most`.
+
+        The folder's head is read if it is not given.
+        """
         faiss, lists = load_faiss(), inverted_file(built)
         quantizer = getattr(faiss.downcast_index(lists or built), "rq", None)
         decoding = quantizer is not None and quantizer.search_type == faiss.AdditiveQuantizer.ST_decompress
         if not decoding or built.ntotal > most:
             return None
-        head = load_head(folder / "head")
+        head = head or load_head(folder / "head")
         export = head.export()
         if not isinstance(export, AdditiveCodebooks) or export.rotation is not None:
             return None
@@ -79,7 +82,7 @@ class TableScan:
         self, queries: Float[NDArray[np.float32], "B D"], k: int, nprobe: int | None = None
     ) -> tuple[Float[NDArray[np.float32], "B k"], Int[NDArray[np.int64], "B k"]]:
         """Return scores (B, k), falling, and rows (B, k), as `search_index` does for the index itself."""
-        parameters: Any = None if nprobe is None else search_parameters(self._built, nprobe=nprobe)
+        parameters = None if nprobe is None else search_parameters(self._built, nprobe=nprobe)
         scores, rows = search_index(self._built, queries, k, parameters)
         length = np.square(queries, dtype=np.float64).sum(1, keepdims=True)
         return (scores + (1 - length / 2)).astype(np.float32), rows

@@ -67,17 +67,22 @@ class IVFPQBuilder(IndexBuilder):
                 "Train with the head `ivfpq`."
             )
 
+    def probes(self, export: FaissExport, documents: int) -> int:
+        """Return the lists that a search of so many documents probes unless it says otherwise."""
+        if isinstance(export, CoarseProductCodebooks):
+            return default_nprobe(self.nprobe, len(export.centroids), documents)
+        return self.nlist
+
     def _fill(self, export: FaissExport, codes: UInt8[NDArray[np.uint8], "n size"]) -> FaissIndex:
         """Return `IndexIVFPQ`. Learned lists hold the codes as the head assigned them."""
         assert isinstance(export, ProductCodebooks), "checked above"
         if isinstance(export, CoarseProductCodebooks):
             built = fill_ivfpq(export, learned_centroids(export), codes)
-            built.nprobe = default_nprobe(self.nprobe, built.nlist, len(codes))
-            return built
-        zeros = np.zeros((self.nlist, product_shape(export)[0]), dtype=np.float32)
-        lists = pack_list_numbers(np.arange(len(codes)) % self.nlist, self.nlist)
-        built = fill_ivfpq(export, zeros, np.hstack([lists, codes]))
-        built.nprobe = self.nlist
+        else:
+            zeros = np.zeros((self.nlist, product_shape(export)[0]), dtype=np.float32)
+            lists = pack_list_numbers(np.arange(len(codes)) % self.nlist, self.nlist)
+            built = fill_ivfpq(export, zeros, np.hstack([lists, codes]))
+        built.nprobe = self.probes(export, len(codes))
         return built
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["fill_lists", "fill_scan"]
 
 ROWS = 65_536  # documents worked on at once, to bound memory
+LENGTH_BITS = 8  # of a length, or more, in whole codes
 LINKS, CANDIDATES = (
     32,
     128,
@@ -36,7 +37,7 @@ LINKS, CANDIDATES = (
 
 
 def fill_scan(
-    export: NeuralCodec, codes: UInt8[NDArray[np.uint8], "n size"], *, length_bits: int = 8
+    export: NeuralCodec, codes: UInt8[NDArray[np.uint8], "n size"], *, length_bits: int = LENGTH_BITS
 ) -> FaissIndex:
     """Return an index that scans all documents, by the first-order decoder of an export.
 
@@ -62,7 +63,7 @@ def fill_lists(
     *,
     list_codes: int = 0,
     graph: bool = False,
-    length_bits: int = 8,
+    length_bits: int = LENGTH_BITS,
 ) -> FaissIndex:
     """Return an index that scans the documents in the probed lists.
 
