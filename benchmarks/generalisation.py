@@ -17,8 +17,8 @@ from pathlib import Path
 import common
 import numpy as np
 import torch
-from methods import Result, innermost, shorten, study_parser
-from quality import ENDEX, RECIPES, QualityStudy, additive_factory, seeded
+from methods import Result
+from quality import QualityStudy, additive_factory, parse_study, quality_parser, seeded
 
 from index._faiss import load_faiss
 from retriever import DualEncoder, embed_documents, read_data
@@ -29,20 +29,15 @@ FURTHER = 4  # times the visible documents
 
 
 def main() -> None:
-    parser = study_parser(__doc__, start_steps=210, steps=90, out="runs/quality")
-    options = parser.parse_args()
-    options.recipes, options.no_queries, options.readings = RECIPES, False, ("blind",)
-    options.components = None
-    if options.quick:
-        shorten(options)
-        options.documents = 1500
+    options = parse_study(quality_parser(__doc__, out="runs/quality"))
     rows: list[Result] = []
     for source in options.data:
-        study = GeneralisationStudy(source, seeded(options, options.seed))
-        for size in options.bytes:
-            found = study.rows(size)
-            common.print_table(f"{study.name}, blind, {size} bytes, seed {options.seed}", found)
-            rows += found
+        for seed in options.seeds:
+            study = GeneralisationStudy(source, seeded(options, seed))
+            for size in options.bytes:
+                found = [{**row, "seed": seed} for row in study.rows(size)]
+                common.print_table(f"{study.name}, blind, {size} bytes, seed {seed}", found)
+                rows += found
     common.write_result(options.json, options, rows)
 
 
@@ -60,19 +55,20 @@ class GeneralisationStudy(QualityStudy):
     def rows(self, size: int) -> list[Result]:
         """Return a row for every number of documents that the codes are fitted on."""
         order = np.random.default_rng(self.options.seed).permutation(np.flatnonzero(self.known))
-        lists = innermost(self._recipe(ENDEX).head).num_lists
-        counts = [count for share in SHARES if (count := int(share * len(order))) >= lists]
+        counts = [count for share in SHARES if (count := int(share * len(order))) >= self.lists]
         samples = [(order[:count], None) for count in counts] + [(order, self.further)]
-        return [self._row(size, lists, chosen, further) for chosen, further in samples]
+        return [self._row(size, chosen, further) for chosen, further in samples]
 
-    def _row(self, size: int, lists: int, chosen: np.ndarray, further: np.ndarray | None) -> Result:
+    def _row(self, size: int, chosen: np.ndarray, further: np.ndarray | None) -> Result:
         x = self.vectors["documents"]
-        built = common.faiss_quantizer(x.shape[1], additive_factory(size, lists), "l2", self.options.seed)
+        built = common.faiss_quantizer(
+            x.shape[1], additive_factory(size, self.lists), "l2", self.options.seed
+        )
         sample = x[chosen] if further is None else np.concatenate([x[chosen], further])
         load_faiss().extract_index_ivf(built).cp.max_points_per_centroid = len(sample)
         built.train(sample)
         built.add(x)
-        load_faiss().extract_index_ivf(built).nprobe = lists
+        load_faiss().extract_index_ivf(built).nprobe = self.lists
         error = ((built.sa_decode(built.sa_encode(x)) - x) ** 2).sum(1)
         found = measure(self.data.qrels, self._run(built, self.vectors["queries"]))
         return {

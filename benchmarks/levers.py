@@ -26,8 +26,8 @@ from statistics import mean, stdev
 import common
 import numpy as np
 import torch
-from methods import Result, shorten, study_parser
-from quality import ENDEX, RECIPES, QualityStudy, refuse_other_sizes, seeded
+from methods import Result
+from quality import ENDEX, QualityStudy, parse_study, quality_parser, seeded
 from torch import Tensor
 
 from retriever.heads import CompressionHead, HeadConfig
@@ -77,20 +77,13 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    """Return the options; with those that `QualityStudy` reads."""
-    parser = study_parser(__doc__, start_steps=210, steps=90, out="runs/levers")
+    """Return the options; it is the head of the first of --recipes that is changed."""
+    parser = quality_parser(__doc__, out="runs/levers")
     parser.set_defaults(split="dev", bytes=(8,))
-    parser.add_argument("--recipe", type=Path, default=RECIPES[0], help="whose head is changed")
     parser.add_argument("--changes", nargs="+", default=CHANGES, help="one row each")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", default=(0,), help="seeds of the start and of the fits"
-    )
-    options = parser.parse_args()
-    options.recipes, options.no_queries, options.components = (options.recipe,), False, None
+    options = parse_study(parser)
     if options.quick:
-        shorten(options)
-        options.documents, options.seeds, options.changes = 1500, (0,), ("query_weight=0",)
-    refuse_other_sizes(parser, options)
+        options.changes = ("query_weight=0",)
     return options
 
 

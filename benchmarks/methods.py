@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -299,7 +300,9 @@ class Study:
         if not path.is_file():
             path.parent.mkdir(exist_ok=True)
             print(f"{self.name}, {reading}, {system}, {size} bytes", flush=True)
+            began = time.perf_counter()
             write_json(path, run())
+            print(f"  {common.seconds_since(began) / 60:.1f} minutes", flush=True)
         stored = read_json(path)
         return {"data": self.name, "reading": reading, "system": system, "bytes": size, **stored}
 

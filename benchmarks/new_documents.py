@@ -61,7 +61,9 @@ class NewDocuments(QualityStudy):
         built: list[tuple[str, int, Any]] = [(DENSE, 0, flat)]
         for size in self.options.bytes:
             for name in self.options.systems or RIVALS:
-                fitted = load_faiss().clone_index(self._fitted(self._factories(size)[name], x, reading))
+                fitted = load_faiss().clone_index(
+                    self._fitted(self._factories(size, x.shape[1])[name], x, reading)
+                )
                 fitted.reset()
                 fitted.add(x[~seen])
                 if ", lists" in name:
@@ -87,8 +89,8 @@ class NewDocuments(QualityStudy):
         if not model.is_dir():
             raise SystemExit(f"{model} is not there. Run benchmarks/quality.py with these options first.")
         _, searcher = self._export(model, head, folder / "index-new")
-        if lists := getattr(innermost(head), "num_lists", 0):
-            searcher.probe(lists)
+        if hasattr(innermost(head), "num_lists"):
+            searcher.probe(self.lists)
         metrics, run = evaluate_index(searcher, self.data, precision=self.options.precision)
         return {"system": ENDEX, "bytes": size, **metrics, "per_query": self._per_query(run)}
 

@@ -18,6 +18,9 @@ vectors. A size is the true bytes of a code, of FAISS's additive quantizers with
                        2006, sections 10.3.3 and 13.3), searched by L2; a code beats it only by knowing more than that.
                        `lists` adds the bits of a list's number
 
+Where fewer documents may be fitted on than the recipe has lists, recipes and FAISS's rows get fewer lists, a power of
+two, with four documents each at least; a line says so.
+
 With --no_queries there are no pairs either: the encoder as it came is start and control, and the recipe makes queries
 of the documents (`data.labels` pseudo).
 
@@ -60,12 +63,13 @@ from training import Experiment, load_experiment
 ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "zero-shot"
 BOUND = "Gaussian bound"
 RECIPES = (Path("configs/default.yaml"), Path("configs/ivfpq.yaml"))
-COMPONENTS = {8: 64, 16: 96, 32: 192}  # kept of a vector by bytes, as docs/results.md recommends
-COMPONENTS_ADDITIVE = {8: 96, 16: 192, 32: 256}
-COMPONENTS_POST_HOC = {8: 96, 16: 128, 32: 256}  # principal ones, in front of FAISS's residual codes
+COMPONENTS = {8: 64, 16: 96, 32: 192, 64: 384}  # kept of a vector by bytes, as docs/results.md recommends
+COMPONENTS_ADDITIVE = {8: 96, 16: 192, 32: 256, 64: 384}
+COMPONENTS_POST_HOC = {8: 96, 16: 128, 32: 256, 64: 384}  # principal ones, in front of FAISS's residual codes
 MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 SHOWN = ("system", "bytes", *MEASURES, "kept", "gain", "p", "gain, without lists", "file_bytes")
 BEAM = ";beam="  # in a name: FAISS's factory, and the beam of the documents
+DOCUMENTS_A_LIST = 4  # at least, where the recipe's lists are more than the documents
 FACTORS = 8  # bytes of a RaBitQ code that are no bits of components
 WITHOUT_LISTS = ", without lists"  # of the rivals: those that are a code and nothing else
 GOALS = {8: 0.90, 16: 0.97, 32: 0.99}
@@ -94,32 +98,42 @@ def main() -> None:
 
 
 def parse(description: str | None) -> argparse.Namespace:
-    """Return the options; with those that `Study` reads."""
-    parser = study_parser(description, start_steps=210, steps=90, out="runs/quality")
+    """Return the options of this benchmark."""
+    parser = quality_parser(description, out="runs/quality")
+    parser.add_argument("--systems", nargs="+", help="names of the rows that are computed; by default all")
+    parser.add_argument("--plot", type=Path, help="folder for nDCG@10 against bytes, a PNG a set and reading")
+    return parse_study(parser)
+
+
+def quality_parser(description: str | None, *, out: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that a `QualityStudy` reads; the defaults are those of docs/results.md."""
+    parser = study_parser(description, start_steps=200, steps=128, out=out)
+    parser.set_defaults(lr=5e-5, documents=8000, queries=1500)
     parser.add_argument(
         "--recipes", type=Path, nargs="+", default=RECIPES, help="what is trained; the first is `endex`"
     )
-    parser.add_argument("--systems", nargs="+", help="names of the rows that are computed; by default all")
     parser.add_argument(
         "--components",
         type=int,
         help="kept by recipes of residual codes; by default so many as go with --bytes",
     )
     parser.add_argument("--no_queries", action="store_true", help="train on the documents alone")
-    parser.add_argument("--seeds", type=int, nargs="+", default=(0,), help="seeds of training and fitting")
-    parser.add_argument("--plot", type=Path, help="folder for nDCG@10 against bytes, a PNG a set and reading")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="seeds of training and fitting; by default --seed"
+    )
+    return parser
+
+
+def parse_study(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the options of the command line, checked; with --quick those of a quick run."""
     options = parser.parse_args()
+    options.seeds = options.seeds or (options.seed,)
     if options.quick:
         shorten(options)
-        options.documents, options.seeds = 1500, (0,)  # the recipe's lists want 1,024 at least
-    refuse_other_sizes(parser, options)
-    return options
-
-
-def refuse_other_sizes(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """End the command if it asks for bytes of which nobody has said how many components they want."""
+        options.documents, options.seeds = 1500, options.seeds[:1]
     if unknown := set(options.bytes) - set(COMPONENTS):
         parser.error(f"--bytes must be of {', '.join(map(str, COMPONENTS))}, got {min(unknown)}.")
+    return options
 
 
 def seeded(options: argparse.Namespace, seed: int) -> argparse.Namespace:
@@ -131,6 +145,20 @@ def seeded(options: argparse.Namespace, seed: int) -> argparse.Namespace:
 class QualityStudy(Study):
     """All systems on one data set, from one seed."""
 
+    def __init__(self, source: Path, options: argparse.Namespace) -> None:
+        super().__init__(source, options)
+        self.lists = self._lists()
+
+    def _lists(self) -> int:
+        """Return the lists of the recipe; fewer where the blind reading leaves fewer documents to fit them on."""
+        wanted: int = innermost(self._recipe(ENDEX).head).num_lists  # type: ignore[attr-defined]
+        known = sum(self._known("blind"))
+        if known >= wanted:
+            return wanted
+        fewer = 1 << (max(known // DOCUMENTS_A_LIST, 1).bit_length() - 1)
+        print(f"{self.name}: {known:,} documents to fit on, so {fewer:,} lists in the place of {wanted:,}")
+        return fewer
+
     def table(self, reading: str) -> list[Result]:
         """Return and print the rows of a reading."""
         if self.options.no_queries:
@@ -139,17 +167,17 @@ class QualityStudy(Study):
             start = self._fit(self._dense("start", self.options.encoder))
             control = self._fit(self._dense("control", str(start / "encoder")))
         vectors = self._vectors(control)
-        rows = [
-            self._cell(reading, ZERO, 0, self._zero_shot),
-            self._cell(reading, DENSE, 0, lambda: self._dense_row(vectors)),
-        ]
+        cells = [(ZERO, 0, self._zero_shot), (DENSE, 0, lambda: self._dense_row(vectors))]
         chosen = self.options.systems
-        for size in self.options.bytes:
-            rows += [
-                self._cell(reading, name, size, run)
-                for name, run in self._systems(reading, size, start, vectors)
-                if chosen is None or name in chosen or self._cell_path(reading, name, size).is_file()
-            ]
+        cells += [
+            (name, size, run)
+            for size in self.options.bytes
+            for name, run in self._systems(reading, size, start, vectors)
+            if chosen is None or name in chosen or self._cell_path(reading, name, size).is_file()
+        ]
+        missing = sum(not self._cell_path(reading, name, size).is_file() for name, size, _ in cells)
+        print(f"{self.name}, {reading}: {missing} of {len(cells)} rows to compute", flush=True)
+        rows = [self._cell(reading, *cell) for cell in cells]
         self._compare(rows)
         title = f"{self.name}, {reading}: {len(self.data.qrels):,} queries, {len(self.data.documents):,} documents"
         common.print_table(
@@ -160,10 +188,10 @@ class QualityStudy(Study):
     def _systems(
         self, reading: str, size: int, start: Path, vectors: dict[str, Tensor]
     ) -> list[tuple[str, Callable[[], Result]]]:
-        lists = innermost(self._recipe(ENDEX).head).num_lists
+        dim = vectors["documents"].shape[1]
         systems: list[tuple[str, Callable[[], Result]]] = [
             (name, lambda factory=factory: self._post_hoc(factory, "l2", vectors, reading))  # type: ignore[misc]
-            for name, factory in self._factories(size).items()
+            for name, factory in self._factories(size, dim).items()
         ]
         trained = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
         return [
@@ -173,14 +201,13 @@ class QualityStudy(Study):
             (BOUND, lambda: self._gaussian_bound(8 * size, vectors, reading)),
             (
                 f"{BOUND}, lists",
-                lambda: self._gaussian_bound(8 * size + math.log2(lists), vectors, reading),
+                lambda: self._gaussian_bound(8 * size + math.log2(self.lists), vectors, reading),
             ),
         ]
 
-    def _factories(self, size: int) -> dict[str, str]:
+    def _factories(self, size: int, dim: int) -> dict[str, str]:
         """Return FAISS's systems of a size: their factory strings by the names of their rows."""
-        head, kept = self._recipe(ENDEX).head, COMPONENTS[size]
-        lists = innermost(head).num_lists
+        kept, lists = COMPONENTS[size], self.lists
         additive = additive_factory(size, lists)
         factories = {
             "FAISS PQ": f"PQ{size}",
@@ -191,11 +218,12 @@ class QualityStudy(Study):
             "FAISS RQ, decoded": f"RQ{size}x8",
             "FAISS RQ, reduced, lists": additive,
             "FAISS LSQ": f"LSQ{size - 1}x8_Nqint8",
-            "FAISS ITQ": f"ITQ{8 * size},LSH",
         }
-        if beam := getattr(innermost(head), "eval_beam", None):
+        if 8 * size <= dim:  # a bit a component
+            factories["FAISS ITQ"] = f"ITQ{8 * size},LSH"
+        if beam := getattr(innermost(self._recipe(ENDEX).head), "eval_beam", None):
             factories["FAISS RQ, reduced, lists, wide beam"] = f"{additive}{BEAM}{beam}"
-        if size > FACTORS:
+        if FACTORS < size <= dim // 8 + FACTORS:
             factories["FAISS RaBitQ"] = f"PCAR{8 * (size - FACTORS)},RaBitQ"
         return factories
 
@@ -224,6 +252,8 @@ class QualityStudy(Study):
             wanted = self.options.components or COMPONENTS_ADDITIVE[size]
             kept = wanted if _is_additive(head) else COMPONENTS[size]
             return replace(head, components=kept, inner=self._sized(head.inner, size))  # type: ignore[arg-type]
+        if hasattr(head, "num_lists"):
+            head = replace(head, num_lists=min(head.num_lists, self.lists))  # type: ignore[call-arg]
         if _is_additive(head):
             return replace(head, num_codebooks=size)  # type: ignore[call-arg]
         return super()._sized(head, size)
