@@ -1,17 +1,17 @@
 """What every lever of a recipe's head does, one at a time, on vectors that are kept: minutes a set.
 
 For each data folder and seed the dense start of `quality.py` (same options, same --out) embeds documents and queries
-once. Then the head is started from them in the blind reading, as a run of the recipe starts it, and nothing is trained
-after it; documents are coded and decoded, and searched exactly. A row is the recipe with one change, written as on
-`endex`'s command line without `--head.`; --changes names others ("components=64 query_weight=0" is one row). Choose
-with --split dev, which is the default here.
+once. Then the head is started from them, in the blind reading by default, as a run of the recipe starts it, and nothing
+is trained after it; documents are coded and decoded, and searched exactly. A row is the recipe with one change, written
+as on `endex`'s command line without `--head.`; --changes names others ("components=64 query_weight=0" is one row).
+Choose with --split dev, which is the default here.
 
   ndcg@10         of the codes; `change`: the mean difference to the recipe as it is, and `largest p` over seeds (of
                   one seed: two-sided, paired by query, normal)
   unquantized     nDCG@10 behind the head's map, before the codes
-  new documents   nDCG@10 where the judged documents, which are all new to the fit, are the whole corpus
-  error seen, error unseen   mean squared error of the documents that were fitted on, and of the judged ones, as shares
-                  of the mean square of the mapped vectors
+  new documents   nDCG@10 where the judged documents, which are all new to the fit, are the whole corpus; blind only
+  error seen, error unseen   mean squared error of the documents that were fitted on, and of the judged ones of the
+                  blind reading, as shares of the mean square of the mapped vectors
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CHANGES = (
     "inner.list_beam=1 inner.eval_beam=5",
     "fit_steps=0 query_weight=0 inner.leave_one_out=false inner.list_beam=1 inner.eval_beam=5",
 )
-READING, DENSE_START, AS_IT_IS = "blind", "dense start", "the recipe"
+DENSE_START, AS_IT_IS = "dense start", "the recipe"
 VALUES = ("ndcg@10", "unquantized", "new documents", "error seen", "error unseen", "seconds")
 
 
@@ -64,11 +64,11 @@ def main() -> None:
     rows: list[Result] = []
     for source in options.data:
         for seed in options.seeds:
-            study = LeverStudy(source, seeded(options, seed))
-            for size in options.bytes:
-                rows += [
-                    {"data": source.name, "bytes": size, "seed": seed, **row} for row in study.rows(size)
-                ]
+            for reading in options.readings:
+                study = LeverStudy(source, seeded(options, seed), reading)
+                for size in options.bytes:
+                    what = {"data": source.name, "reading": reading, "bytes": size, "seed": seed}
+                    rows += [{**what, **row} for row in study.rows(size)]
     summary = summarize(rows)
     for source in options.data:
         found = [row for row in summary if row["data"] == source.name]
@@ -79,7 +79,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """Return the options; it is the head of the first of --recipes that is changed."""
     parser = quality_parser(__doc__, out="runs/levers")
-    parser.set_defaults(split="dev", bytes=(8,))
+    parser.set_defaults(split="dev", bytes=(8,), readings=("blind",))
     parser.add_argument("--changes", nargs="+", default=CHANGES, help="one row each")
     options = parse_study(parser)
     if options.quick:
@@ -88,13 +88,14 @@ def parse() -> argparse.Namespace:
 
 
 class LeverStudy(QualityStudy):
-    """One head with one change after another, on one data set, from one seed."""
+    """One head with one change after another, on one data set, in one reading, from one seed."""
 
-    def __init__(self, source: Path, options: argparse.Namespace) -> None:
+    def __init__(self, source: Path, options: argparse.Namespace, reading: str) -> None:
         super().__init__(source, options)
+        self.reading = reading
         self.start = self._fit(self._dense("start", options.encoder))
         self.vectors = self._vectors(self.start)
-        self.known = np.array(self._known(READING))
+        self.known = np.array(self._known(reading))
         self._samples: dict[object, tuple[Tensor, list[Tensor]]] = {}
 
     def rows(self, size: int) -> list[Result]:
@@ -120,17 +121,21 @@ class LeverStudy(QualityStudy):
         with torch.inference_mode():
             decoded = head.decode(head.encode(self.vectors["documents"]))
         error = ((x - decoded).square().sum(1) / x.square().sum(1).mean()).numpy()
-        new = [name for name in self.data.documents if name in self.judged]
         found = self._search_exactly(decoded, q)
-        return {
+        row = {
             "system": change or AS_IT_IS,
             "ndcg@10": found["ndcg@10"],
             "unquantized": self._search_exactly(x, q)["ndcg@10"],
-            "new documents": self._search_exactly(decoded[~self.known], q, new)["ndcg@10"],
             "error seen": float(error[self.known].mean()),
-            "error unseen": float(error[~self.known].mean()),
             "seconds": seconds,
             "per_query": found["per_query"],
+        }
+        if self.known.all():
+            return row
+        new = [name for name in self.data.documents if name in self.judged]
+        return row | {
+            "new documents": self._search_exactly(decoded[~self.known], q, new)["ndcg@10"],
+            "error unseen": float(error[~self.known].mean()),
         }
 
     def _started(self, path: Path, change: str) -> CompressionHead:
@@ -148,20 +153,23 @@ class LeverStudy(QualityStudy):
         key = getattr(head, "fit_crops_below", None)
         if key not in self._samples:
             recipe = replace(self._recipe(ENDEX), head=head)
-            experiment = self._from_start(recipe, self.out / "samples", str(self.start / "encoder"), READING)
+            experiment = self._from_start(
+                recipe, self.out / "samples", str(self.start / "encoder"), self.reading
+            )
             run = TrainingRun(experiment, self._shared_fit, self._start_vectors(self.start))
             self._samples[key] = run.warm_start_samples()
         return self._samples[key]
 
 
 def summarize(rows: Sequence[Result]) -> list[Result]:
-    """Return one row a set, size and system: means over seeds, and the sample deviation of nDCG@10."""
-    groups: dict[tuple[str, int, str], list[Result]] = {}
+    """Return one row a set, reading, size and system: means over seeds, and the sample deviation of nDCG@10."""
+    keys = ("data", "reading", "bytes", "system")
+    groups: dict[tuple[object, ...], list[Result]] = {}
     for row in rows:
-        groups.setdefault((row["data"], row["bytes"], row["system"]), []).append(row)
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     summary = []
-    for (data, size, system), group in groups.items():
-        line: Result = {"data": data, "bytes": size, "system": system}
+    for found, group in groups.items():
+        line: Result = dict(zip(keys, found, strict=True))
         line |= {name: mean(row[name] for row in group) if name in group[0] else None for name in VALUES}
         line["deviation"] = stdev(row["ndcg@10"] for row in group) if len(group) > 1 else None
         changed = "change" in group[0]
