@@ -195,7 +195,7 @@ class Study:
         folder = self.out / reading / f"{file_name(method)}-{size}"
         experiment = replace(
             self._from_start(recipe, folder, str(start / "encoder"), reading),
-            head=self._sized(recipe.head, size),
+            head=self._head(method, size),
         )
         model = self._fit(experiment)
         report, searcher = self._export(model, experiment.head, folder / "index")
@@ -230,6 +230,10 @@ class Study:
     def _index(self, head: HeadConfig) -> IndexConfig:
         """Return the form that carries a head's codes."""
         return IndexConfig()
+
+    def _head(self, method: str, size: int) -> HeadConfig:
+        """Return a method's head with codes of so many bytes."""
+        return self._sized(self._recipe(method).head, size)
 
     def _sized(self, head: HeadConfig, size: int) -> HeadConfig:
         """Return a recipe's head with codes of so many bytes."""

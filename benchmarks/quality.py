@@ -11,8 +11,11 @@ vectors. A size is the true bytes of a code, of FAISS's additive quantizers with
   FAISS RQ, decoded    the same without norms: search decodes what it scores, which is exact, and slower
   ..., reduced, lists  of as many dimensions as the recipes keep (residual codes of 16 bytes: 128, of the recipe 192),
                        and in as many inverted lists
-  ..., wide beam       the same fit, its codes chosen with as wide a beam as the recipe's (FAISS's is 5)
+  ..., wide beam       the same fit, its codes chosen with as wide a beam as the recipe's (FAISS's is 5); also of all
+                       dimensions
   endex                the recipe, exported to FAISS and searched there; others by the names of their files
+  endex, closed corpus the recipe with the options for a corpus that is complete when it is trained: more components,
+                       codewords that need not suit other documents (fitted only)
   Gaussian bound       what an ideal code of the size would do with the control's vectors, were they Gaussian with the
                        covariance that the reading may know: reverse water-filling and its test channel (Cover & Thomas,
                        2006, sections 10.3.3 and 13.3), searched by L2; a code beats it only by knowing more than that.
@@ -60,11 +63,13 @@ from retriever import DualEncoderConfig
 from retriever.heads import HeadConfig, NoCompressionConfig, PCAConfig, ResidualQuantizerConfig
 from training import Experiment, load_experiment
 
-ENDEX, DENSE, TOWERS, ZERO = "endex", "dense control", "endex, uncompressed", "zero-shot"
+ENDEX, CLOSED = "endex", "endex, closed corpus"
+DENSE, TOWERS, ZERO = "dense control", "endex, uncompressed", "zero-shot"
 BOUND = "Gaussian bound"
 RECIPES = (Path("configs/default.yaml"), Path("configs/ivfpq.yaml"))
 COMPONENTS = {8: 64, 16: 96, 32: 192, 64: 384}  # kept of a vector by bytes, as docs/results.md recommends
 COMPONENTS_ADDITIVE = {8: 96, 16: 192, 32: 256, 64: 384}
+COMPONENTS_CLOSED = {8: 256, 16: 256, 32: 384, 64: 384}  # the same, where all documents are in the fit
 COMPONENTS_POST_HOC = {8: 96, 16: 128, 32: 256, 64: 384}  # principal ones, in front of FAISS's residual codes
 MEASURES = ("ndcg@10", "mrr@10", "recall@10", "recall@100")
 SHOWN = ("system", "bytes", *MEASURES, "kept", "gain", "p", "gain, without lists", "file_bytes")
@@ -193,11 +198,12 @@ class QualityStudy(Study):
             (name, lambda factory=factory: self._post_hoc(factory, "l2", vectors, reading))  # type: ignore[misc]
             for name, factory in self._factories(size, dim).items()
         ]
-        trained = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
+        last = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
+        trained = [name for name in self._recipes() if name != CLOSED or reading == "fitted"]
         return [
             *systems,
-            *((name, lambda name=name: self._joint(name, reading, size, start)) for name in self._recipes()),  # type: ignore[misc]
-            (TOWERS, lambda: self._dense_row(self._vectors(trained))),
+            *((name, lambda name=name: self._joint(name, reading, size, start)) for name in trained),  # type: ignore[misc]
+            (TOWERS, lambda: self._dense_row(self._vectors(last))),
             (BOUND, lambda: self._gaussian_bound(8 * size, vectors, reading)),
             (
                 f"{BOUND}, lists",
@@ -223,6 +229,7 @@ class QualityStudy(Study):
             factories["FAISS ITQ"] = f"ITQ{8 * size},LSH"
         if beam := getattr(innermost(self._recipe(ENDEX).head), "eval_beam", None):
             factories["FAISS RQ, reduced, lists, wide beam"] = f"{additive}{BEAM}{beam}"
+            factories["FAISS RQ, lists, wide beam"] = f"IVF{lists},RQ{size}x8{BEAM}{beam}"
         if FACTORS < size <= dim // 8 + FACTORS:
             factories["FAISS RaBitQ"] = f"PCAR{8 * (size - FACTORS)},RaBitQ"
         return factories
@@ -242,10 +249,17 @@ class QualityStudy(Study):
     def _recipes(self) -> dict[str, Path]:
         """Return the recipes by the names of their rows."""
         first, *others = self.options.recipes
-        return {ENDEX: first} | {f"{ENDEX}, {path.stem}": path for path in others}
+        return {ENDEX: first, CLOSED: first} | {f"{ENDEX}, {path.stem}": path for path in others}
 
     def _recipe(self, method: str) -> Any:
         return load_experiment(self._recipes()[method])
+
+    def _head(self, method: str, size: int) -> HeadConfig:
+        head = super()._head(method, size)
+        if method != CLOSED:
+            return head
+        kept = self.options.components or COMPONENTS_CLOSED[size]
+        return replace(head, components=kept, inner=replace(innermost(head), leave_one_out=False))  # type: ignore[call-arg]
 
     def _sized(self, head: HeadConfig, size: int) -> HeadConfig:
         if isinstance(head, PCAConfig):
