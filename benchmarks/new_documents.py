@@ -27,7 +27,7 @@ from index._faiss import load_faiss
 from training import evaluate_index
 
 READING = "blind"
-RIVALS = ("FAISS OPQ", "FAISS RQ, reduced, lists, wide beam")
+RIVALS = ("FAISS OPQ", "FAISS RQ, reduced, lists, wide beam", "FAISS RQ, lists, wide beam")
 SHOWN = ("system", "bytes", "ndcg@10", "mrr@10", "recall@10", "kept", "gain", "p")
 
 
