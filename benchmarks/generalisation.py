@@ -29,7 +29,9 @@ FURTHER = 4  # times the visible documents
 
 
 def main() -> None:
-    options = parse_study(quality_parser(__doc__, out="runs/quality"))
+    parser = quality_parser(__doc__, out="runs/quality")
+    parser.set_defaults(readings=("blind",))
+    options = parse_study(parser)
     rows: list[Result] = []
     for source in options.data:
         for seed in options.seeds:

@@ -199,7 +199,8 @@ class QualityStudy(Study):
             for name, factory in self._factories(size, dim).items()
         ]
         last = self.out / reading / f"{ENDEX}-{size}" / "run" / "last"
-        trained = [name for name in self._recipes() if name != CLOSED or reading == "fitted"]
+        closed = reading == "fitted" and isinstance(self._recipe(CLOSED).head, PCAConfig)
+        trained = [name for name in self._recipes() if name != CLOSED or closed]
         return [
             *systems,
             *((name, lambda name=name: self._joint(name, reading, size, start)) for name in trained),  # type: ignore[misc]
