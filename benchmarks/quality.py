@@ -401,7 +401,8 @@ def draw(folder: Path | None, summary: Sequence[Result]) -> None:
         for row in found:
             if row["bytes"] and row["system"] != TOWERS:
                 curves.setdefault(row["system"], {})[row["bytes"]] = row["ndcg@10"]
-        plot_sizes(folder / f"{data}-{reading}.png", curves, levels, "nDCG@10")
+        own = [name for name in curves if name.startswith(ENDEX)]
+        plot_sizes(folder / f"{data}-{reading}.png", curves, levels, "nDCG@10", thick=own)
 
 
 if __name__ == "__main__":

@@ -36,19 +36,38 @@ def plot_probes(path: Path, curves: Mapping[str, Mapping[int, float]], measure: 
 
 
 def plot_sizes(
-    path: Path, curves: Mapping[str, Mapping[int, float]], levels: Mapping[str, float], measure: str
+    path: Path,
+    curves: Mapping[str, Mapping[int, float]],
+    levels: Mapping[str, float],
+    measure: str,
+    *,
+    thick: Collection[str] = (),
 ) -> None:
-    """Draw a measure against the bytes of a code, one line a curve and one level an uncompressed system, into `path`.
+    """Draw a measure against the bytes of a code, and write it to `path`.
+
+    Args:
+        path: File to write; its ending is its kind.
+        curves: Measure by bytes, by the name of a system.
+        levels: Measures of systems that are not compressed.
+        measure: Name of the measure.
+        thick: Names of the curves that are drawn in thick lines.
 
     Raises:
         InputError: If matplotlib is not installed, or does not know the file's ending.
     """
-    figure = _figure(7, 4.5)
+    figure = _figure(8.5, 4.5)
     from matplotlib.ticker import NullLocator, ScalarFormatter
 
     axes = figure.add_subplot()
-    for name, curve in curves.items():
-        axes.plot(list(curve), list(curve.values()), marker="o", label=name)
+    for number, (name, curve) in enumerate(curves.items()):
+        axes.plot(
+            list(curve),
+            list(curve.values()),
+            color=f"C{number % 10}",
+            marker="os^v"[number // 10 % 4],
+            linewidth=3 if name in thick else 1.2,
+            label=name,
+        )
     for number, (name, value) in enumerate(levels.items()):
         axes.axhline(value, color="black", linestyle=("--", ":")[number % 2], linewidth=1, label=name)
     axes.set_xscale("log", base=2)
@@ -58,7 +77,7 @@ def plot_sizes(
     axes.set_xlabel("bytes a document")
     axes.set_ylabel(measure)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize="small")
     _write(figure, path)
 
 

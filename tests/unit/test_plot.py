@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ def test_sizes_stand_beside_the_levels_of_what_is_not_compressed(tmp_path: Path)
     assert all(
         f"<!-- {name} -->" in text for name in ("endex", "dense", "nDCG@10", "bytes a document", "8", "16")
     )
+
+
+def test_thick_curves_are_thicker_and_more_than_ten_curves_stay_apart(tmp_path: Path) -> None:
+    curves = {f"system {number}": {8: number / 20, 16: number / 10} for number in range(12)}
+    plot_sizes(tmp_path / "plot.svg", curves, {}, "nDCG@10", thick=["system 3"])
+    text = (tmp_path / "plot.svg").read_text(encoding="utf-8")
+    assert text.count("stroke-width: 3;") == 2  # the curve, and its line in the legend
+    plot_sizes(tmp_path / "none.svg", curves, {}, "nDCG@10")
+    assert "stroke-width: 3;" not in (tmp_path / "none.svg").read_text(encoding="utf-8")
+    path = r'<path id="\w+" d="([^"]+)" style="stroke: #1f77b4'  # of a marker; of the first colour
+    assert len(set(re.findall(path, text))) == 2
 
 
 def test_unknown_ending_is_refused_and_an_existing_file_stays(tmp_path: Path) -> None:
