@@ -45,6 +45,7 @@ from retriever import (
     read_data,
     read_queries,
 )
+from retriever.dual_encoder import load_query_map
 from retriever.folder import read_json, write_json
 from retriever.heads import (
     HeadConfig,
@@ -199,7 +200,8 @@ class Study:
         )
         model = self._fit(experiment)
         report, searcher = self._export(model, experiment.head, folder / "index")
-        result: Result = {"file_bytes": report.index_bytes / len(self.data.documents)}
+        needed = report.index_bytes + map_bytes(folder / "index")
+        result: Result = {"file_bytes": needed / len(self.data.documents)}
         if lists := getattr(innermost(experiment.head), "num_lists", 0):
             for probes in PROBES:
                 searcher.probe(probes)
@@ -458,6 +460,13 @@ SHOWN = ("system", "bytes", *COLUMNS, "gain", "file_bytes")
 def innermost(head: HeadConfig) -> HeadConfig:
     """Return the head that quantizes: the one behind a map, or the head itself."""
     return getattr(head, "inner", head)
+
+
+def map_bytes(folder: Path) -> int:
+    """Return the bytes of the arrays in front of the head that quantizes, of which FAISS's files know nothing."""
+    head = load_query_map(folder / "head")
+    arrays = head.state_dict().items() if head else ()
+    return sum(array.nbytes for name, array in arrays if not name.startswith("inner."))
 
 
 def file_name(system: str) -> str:

@@ -31,6 +31,8 @@ Two readings, never mixed:
   blind    documents judged in the evaluated split are in nobody's training or fitting; they are only indexed.
   fitted   everybody may see them without labels.
 
+`file_bytes` is all that a search needs beside the query tower, a document: codes, ids, codebooks, centroids and what is
+in front of them, as they are saved (FAISS saves all principal components, also those that are not kept).
 `kept` is nDCG@10 as a share of the control's; for `endex, uncompressed` that of the towers as the recipe leaves them.
 `gain` is the mean difference of nDCG@10 to the best of FAISS's rows of the same size, its 95 % interval over queries
 and its two-sided p (paired, normal); `gain, without lists` that to the best of those that are a code alone. The
