@@ -76,7 +76,7 @@ def test_a_yaml_block_of_a_page_builds_its_head_and_loss(tmp_path: Path, block: 
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     experiment = load_experiment(path)
-    assert experiment.head.build(64).dim == 64
+    assert experiment.head.build(384).dim == 384  # as MiniLM has, for which the recipes are
     assert experiment.loss.build() is not None
 
 
