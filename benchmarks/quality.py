@@ -15,7 +15,7 @@ vectors. A size is the true bytes of a code, of FAISS's additive quantizers with
                        dimensions
   endex                the recipe, exported to FAISS and searched there; others by the names of their files
   endex, closed corpus the recipe with the options for a corpus that is complete when it is trained: more components,
-                       codewords that need not suit other documents (fitted only)
+                       codewords fitted together to the documents, whatever others need (fitted only)
   Gaussian bound       what an ideal code of the size would do with the control's vectors, were they Gaussian with the
                        covariance that the reading may know: reverse water-filling and its test channel (Cover & Thomas,
                        2006, sections 10.3.3 and 13.3), searched by L2; a code beats it only by knowing more than that.
@@ -262,7 +262,8 @@ class QualityStudy(Study):
         if method != CLOSED:
             return head
         kept = self.options.components or COMPONENTS_CLOSED[size]
-        return replace(head, components=kept, inner=replace(innermost(head), leave_one_out=False))  # type: ignore[call-arg]
+        known = replace(innermost(head), leave_one_out=False, refit=True)  # type: ignore[call-arg]
+        return replace(head, components=kept, inner=known)  # type: ignore[call-arg]
 
     def _sized(self, head: HeadConfig, size: int) -> HeadConfig:
         if isinstance(head, PCAConfig):

@@ -21,6 +21,7 @@ from retriever.heads.exports import CoarseAdditiveCodebooks
 from retriever.heads.listed import InvertedListHead
 from retriever.heads.lists import ListStructure, check_list_sample, check_lists
 from retriever.heads.pieces import at_once
+from retriever.heads.refit import refit
 from retriever.heads.residual import Asked, asked_of, beam_search_from, residuals, squared_distances
 from retriever.heads.rq import ResidualQuantizerConfig, estimate_steps, step_losses
 
@@ -58,6 +59,11 @@ class IVFResidualQuantizerConfig(ResidualQuantizerConfig):
         if self.list_beam < 1:
             raise InputError(
                 f"list_beam must be at least 1, which is the nearest list, got {self.list_beam}."
+            )
+        if self.refit and self.list_structure != "free":
+            raise InputError(
+                f"refit is for centroids of their own, got list_structure={self.list_structure}. Set refit false, or "
+                "list_structure free."
             )
         if self.list_beam > 1 and (self.list_assignment != "live" or self.list_structure != "free"):
             raise InputError(
@@ -188,6 +194,14 @@ class IVFResidualQuantizer(InvertedListHead):
             )
             self.coarse.start(centroids[None])
         self.fine.start(codebooks)
+        if self._config.refit:
+            assert isinstance(self.coarse, Codebooks), "the configuration allows no cells here"
+            x, training = sample.to(self.codebooks.device), self.training
+            codes = self.eval().encode(x)  # those that the index would hold
+            self.train(training)
+            centroids, *books = refit(x, [self.centroids, *self.codebooks], codes)
+            self.coarse.start(centroids[None])
+            self.fine.start(torch.stack(books))
 
     @torch.no_grad()
     def restart_dead_codes(

@@ -17,6 +17,7 @@ from retriever.heads.checks import check_choices, check_not_negative, check_samp
 from retriever.heads.codebooks import Codebooks
 from retriever.heads.estimators import Estimate, EstimatorName
 from retriever.heads.exports import AdditiveCodebooks
+from retriever.heads.refit import refit
 from retriever.heads.residual import Asked, beam_search, residuals
 from retriever.scores import Metric
 
@@ -52,6 +53,8 @@ class ResidualQuantizerConfig(HeadConfig):
         leave_one_out: Start from codewords that are fitted to what they would leave of documents that had no part in
             them, instead of FAISS's, which are nearer to the documents of the warm start and farther from others. For
             an index to which documents are added; the warm start takes a little longer.
+        refit: Fit all codewords of the start together to the codes that the documents of the warm start get: nearer to
+            these, and no nearer to others. For a corpus that is known when the model is trained.
     """
 
     name: ClassVar[str] = "rq"
@@ -68,6 +71,7 @@ class ResidualQuantizerConfig(HeadConfig):
     commitment_weight: float = 0.0
     restart_window: float = 20.0
     leave_one_out: bool = False
+    refit: bool = False
 
     def __post_init__(self) -> None:
         check_size(self.num_codebooks, self.codebook_bits)
@@ -78,6 +82,11 @@ class ResidualQuantizerConfig(HeadConfig):
                 raise InputError(f"{name} must be at least 1, which is greedy, got {value}.")
         if not 0 < self.selection_temperature < float("inf"):
             raise InputError(f"selection_temperature must be positive, got {self.selection_temperature}.")
+        if self.refit and self.leave_one_out:
+            raise InputError(
+                "refit fits codewords to the documents of the warm start, leave_one_out to others, got both. Set refit "
+                "true for a corpus that is known, leave_one_out true for documents to come."
+            )
 
     @property
     def selects_softly(self) -> bool:
@@ -199,6 +208,10 @@ class ResidualQuantizer(CompressionHead):
             leave_one_out=self._config.leave_one_out,
         )
         self.fine.start(codebooks)
+        if self._config.refit:
+            x = sample.float().to(self.codebooks.device)
+            codes = beam_search(x, self.codebooks, self._config.beam_size(training=False))
+            self.fine.start(torch.stack(refit(x, self.codebooks.unbind(), codes)))
 
     def count(self, codes: Int[Tensor, "N M"]) -> None:
         """Add codes to the usage counts of the current window."""
