@@ -56,9 +56,8 @@ def refit(
             total.index_add_(0, column, rows)
         return total
 
-    weight = (
-        1 + torch.bincount(columns.flatten(), minlength=len(start)).double()[:, None]
-    )  # the system's diagonal
+    used = torch.bincount(columns.flatten(), minlength=len(start))
+    weight = 1 + used.double()[:, None]  # the system's diagonal
     gradient = gathered(x.double() - sums(start))
     moved, enough = torch.zeros_like(start), PRECISION * gradient.norm()
     direction = gradient / weight
